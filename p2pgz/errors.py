@@ -1,0 +1,115 @@
+"""The errors of p2pgz, named for what the caller does next.
+
+Every error says what failed, on which object, and what to do. `exit_code` is the status of the command line
+(docs/reference/exit-codes.md); `errno_value` is what a reader of a mount gets; `retryable` tells whether the same call may
+succeed later without anybody changing anything. Foreign exceptions are mapped to these once, in the adapter that meets them.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+
+class P2pgzError(Exception):
+    """Base of all errors that p2pgz raises on purpose.
+
+    `what` is one line for a person: what failed and where. `hint` says what to do about it, or is empty.
+    """
+
+    exit_code: ClassVar[int] = 1
+    errno_value: ClassVar[int] = errno.EIO
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, what: str, *, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.hint})" if self.hint else self.what
+
+
+class UsageError(P2pgzError):
+    """The command was called wrongly: tell the user how to call it."""
+
+    exit_code = 2
+
+
+class PartlyDone(P2pgzError):
+    """Some of what was asked for was done, some was not; the text says which."""
+
+    exit_code = 3
+
+
+class ImageNotFound(P2pgzError):
+    """No such image, tag, layer or file in it."""
+
+    exit_code = 10
+    errno_value = errno.ENOENT
+
+
+class AuthRefused(P2pgzError):
+    """The registry refused our credentials, or wants some."""
+
+    exit_code = 11
+    errno_value = errno.EACCES
+
+
+class IntegrityError(P2pgzError):
+    """Bytes or documents are not what their digest or format promises."""
+
+    exit_code = 12
+
+
+class ImageInvalid(IntegrityError):
+    """A manifest, config, TOC, footer or layer breaks its format or one of our limits: tell the user."""
+
+
+class ChunkCorrupt(IntegrityError):
+    """The bytes are not the chunk: blame the source that gave them and ask the next one."""
+
+
+class ChunkMissing(P2pgzError):
+    """This source does not have the chunk: ask the next source."""
+
+    exit_code = 13
+    retryable = True
+
+
+class SourceUnavailable(P2pgzError):
+    """A registry or peer does not answer, or answers with an error that may pass: retry later, ask another."""
+
+    exit_code = 13
+    retryable = True
+
+
+class MountUnavailable(P2pgzError):
+    """The kernel, FUSE or the mount point does not allow this mount."""
+
+    exit_code = 14
+
+
+class ConfigError(P2pgzError):
+    """The configuration or an option is wrong: tell the user which key and what would be right."""
+
+    exit_code = 15
+
+
+class StateError(P2pgzError):
+    """The state directory cannot be used: wrong file system, locked by another node, written by another version."""
+
+    exit_code = 15
+
+
+class PoolFull(P2pgzError):
+    """No room on the disk for chunk bytes; what was fetched is served but not kept."""
+
+    errno_value = errno.ENOSPC
+    retryable = True
+
+
+class NodeUnavailable(P2pgzError):
+    """No node answers on the control socket, or it ended in the middle of a request."""
+
+    retryable = True
