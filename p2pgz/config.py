@@ -1,0 +1,261 @@
+"""The configuration: one frozen value, from a TOML file, the environment and command-line flags.
+
+Precedence is flag > environment > file > default. A key `pool.quota_bytes` is the environment variable
+`P2PGZ_POOL__QUOTA_BYTES`. Unknown keys are errors: a typing mistake must not be a default in disguise.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from p2pgz.errors import ConfigError
+
+CONFIG_VERSION = 1
+ENVIRONMENT_PREFIX = "P2PGZ_"
+# environment variables with this prefix that are not configuration keys (click's completion and our process plumbing)
+ENVIRONMENT_OTHERS = frozenset({"P2PGZ_STATE_DIR", "P2PGZ_CONFIG", "P2PGZ_RUN_DIR"})
+SYSTEM_CONFIG = Path("/etc/p2pgz/config.toml")
+
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Logs go to standard error as JSON lines, or as text on a terminal."""
+
+    level: str = "info"
+    """debug, info, warning or error"""
+
+
+class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The pool: chunk bytes on this host's disk."""
+
+    check_filesystem: bool = True
+    """refuse state directories on NFS, Lustre, overlayfs and tmpfs"""
+
+
+class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How registries are spoken to; per-mount flags win."""
+
+    plain_http: list[str] = []
+    """hosts (`host` or `host:port`) that are spoken to without TLS"""
+    ca_file: str = ""
+    """PEM file with certificates to trust besides the system's"""
+    hosts_dir: str = "/etc/containerd/certs.d"
+    """containerd's directory of hosts.toml files: mirrors, CAs, headers"""
+    docker_config: str = ""
+    """docker's config.json for credentials; empty: $DOCKER_CONFIG, then ~/.docker/config.json"""
+    connections: Positive = 8
+    """requests at a time to one registry"""
+
+
+class FetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How missing chunks are fetched."""
+
+    read_deadline_seconds: Seconds = 60.0
+    """a read that no source could answer by then fails with EIO; the next read tries again"""
+    fill: bool = True
+    """fetch what nobody has read yet in the background, once an image is mounted"""
+    fill_bytes_per_second: NonNegative = 20_000_000
+    """limit of the background fetch, compressed bytes; 0: none"""
+    fill_delay_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    """how long after the mount the background fetch starts, so that a start-up has the link for itself"""
+
+
+class MountConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Defaults of mounts; per-mount flags win."""
+
+    suid: bool = False
+    """honour setuid bits and file capabilities (root only)"""
+    dev: bool = False
+    """honour device nodes (root only)"""
+    context: str = ""
+    """SELinux context of all files of a mount"""
+
+
+class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The daemon itself."""
+
+    ephemeral_linger_seconds: Seconds = 10.0
+    """a node that a command started for itself ends this long after its last mount"""
+    drain_seconds: Seconds = 10.0
+    """how long SIGTERM waits for work in flight"""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that can be configured."""
+
+    version: int = CONFIG_VERSION
+    log: LogConfig = LogConfig()
+    pool: PoolConfig = PoolConfig()
+    registry: RegistryConfig = RegistryConfig()
+    fetch: FetchConfig = FetchConfig()
+    mount: MountConfig = MountConfig()
+    node: NodeConfig = NodeConfig()
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A configuration and where each key's value came from (`default`, `file`, `environment`, `flag`)."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+def default_path(environment: Mapping[str, str], *, root: bool) -> Path:
+    """Where the file is looked for when no flag names one."""
+    if root:
+        return SYSTEM_CONFIG
+    home = environment.get("XDG_CONFIG_HOME") or str(Path(environment.get("HOME", "/")) / ".config")
+    return Path(home) / "p2pgz" / "config.toml"
+
+
+def load(
+    path: Path | None,
+    environment: Mapping[str, str],
+    flags: Mapping[str, object] | None = None,
+    *,
+    must_exist: bool = False,
+) -> Loaded:
+    """Read and merge all layers; raises ConfigError that names the file, the key and what would be right."""
+    document: dict[str, Any] = {}
+    if path is not None:
+        document = _read(path, must_exist=must_exist)
+    origins = {key: "file" for key in flatten(document)}
+    for name, text in _environment_keys(environment).items():
+        _insert(document, name, text)
+        origins[name] = "environment"
+    for name, value in (flags or {}).items():
+        _insert(document, name, value)
+        origins[name] = "flag"
+    try:
+        config = msgspec.convert(document, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(error, path), hint="`p2pgz config default` prints every key with its default") from error
+    if config.version != CONFIG_VERSION:
+        raise ConfigError(
+            f"{path}: version = {config.version} is not understood", hint=f"this p2pgz reads version = {CONFIG_VERSION}"
+        )
+    if config.log.level not in {"debug", "info", "warning", "error"}:
+        raise ConfigError(f"log.level = {config.log.level!r}", hint="one of debug, info, warning, error")
+    return Loaded(config, {key: origins.get(key, "default") for key in flatten(msgspec.to_builtins(config))})
+
+
+def _read(path: Path, *, must_exist: bool) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise ConfigError(f"{path}: no such configuration file") from None
+        return {}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def _environment_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for name, text in environment.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHERS or "__" not in name:
+            continue
+        found[name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")] = text
+    return found
+
+
+def _insert(document: dict[str, Any], name: str, value: object) -> None:
+    *tables, key = name.split(".")
+    for table in tables:
+        document = document.setdefault(table, {})
+        if not isinstance(document, dict):
+            raise ConfigError(f"{name}: {table} is a value, not a table")
+    if key == "plain_http" and isinstance(value, str):
+        value = [host for host in value.split(",") if host]
+    document[key] = value
+
+
+def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"pool": {"x": 1}}` → `{"pool.x": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _explain(error: msgspec.ValidationError, path: Path | None) -> str:
+    # msgspec says `… - at `$.pool.quota_bytes``; the key is what the user knows
+    text = str(error).replace("`$.", "`").replace(" - at ", " at ")
+    return f"{path or 'configuration'}: {text}"
+
+
+def dump_default() -> str:
+    """A complete configuration file: every key with its default and what it means."""
+    lines = [f"version = {CONFIG_VERSION}", ""]
+    for field in msgspec.structs.fields(Config):
+        table = getattr(Config(), field.name)
+        if not isinstance(table, msgspec.Struct):
+            continue
+        lines += [f"# {(type(table).__doc__ or '').strip()}", f"[{field.name}]"]
+        for key, doc in zip(msgspec.structs.fields(type(table)), _field_docs(type(table)), strict=True):
+            lines += [f"# {doc}"] if doc else []
+            lines.append(f"{key.name} = {_toml(getattr(table, key.name))}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _field_docs(struct: type[msgspec.Struct]) -> list[str]:
+    """The string below each field, read from the source: one place for the meaning of a key."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(struct)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = []
+    for here, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(here, ast.AnnAssign):
+            is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            docs.append(str(after.value.value) if is_doc else "")  # type: ignore[union-attr]  # is_doc proves it
+    return docs
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value) if isinstance(value, int | float) else msgspec.json.encode(value).decode()
+
+
+def state_dir(flag: str | None, environment: Mapping[str, str], *, root: bool) -> Path:
+    """The state directory that selects a node: flag, `P2PGZ_STATE_DIR`, then the system's or the user's default."""
+    if chosen := flag or environment.get("P2PGZ_STATE_DIR"):
+        return Path(chosen).absolute()
+    if root:
+        return Path("/var/lib/p2pgz")
+    home = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/")) / ".local" / "state")
+    return Path(home) / "p2pgz"
+
+
+def run_dir(flag: str | None, environment: Mapping[str, str], *, root: bool) -> Path:
+    """Where the sockets are: the state directory when one is named, otherwise the run-time directory."""
+    if flag or environment.get("P2PGZ_STATE_DIR"):
+        return state_dir(flag, environment, root=root)
+    if root:
+        return Path("/run/p2pgz")
+    if runtime := environment.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "p2pgz"
+    return state_dir(flag, environment, root=root)
+
+
+def is_root() -> bool:
+    """Whether this process may do what only root may: the default of paths and mounts depends on it."""
+    return os.geteuid() == 0

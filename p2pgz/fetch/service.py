@@ -1,0 +1,212 @@
+"""`ChunkFetcher`: makes chunks present. The one door between those who read and those who supply.
+
+Called by the mount's channel, by `cat`/`verify` and by fill and prefetch. It never returns bytes: once a chunk is present
+in the pool, readers take it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import structlog
+import trio
+
+from p2pgz.core.digest import Digest
+from p2pgz.core.model import ChunkKind
+from p2pgz.core.schedule import Priority
+from p2pgz.core.verify import verify
+from p2pgz.errors import ChunkMissing, P2pgzError, SourceUnavailable
+from p2pgz.fetch.dispatch import Counters, Lane
+from p2pgz.fetch.flights import Flight
+from p2pgz.fetch.limiter import RateLimiter
+from p2pgz.fetch.origin import Origin
+from p2pgz.fetch.plain import restream
+from p2pgz.pool.pool import Pool, Segment
+
+log = structlog.get_logger(logger="fetch")
+
+
+class ChunkFetcher:
+    """Pool first, then the source of the segment. Safe to call from any number of tasks of the owning nursery's loop."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        nursery: trio.Nursery,
+        *,
+        connections: int,
+        fill_bytes_per_second: int,
+        read_deadline_seconds: float,
+    ) -> None:
+        self._pool = pool
+        self._nursery = nursery
+        self._connections = connections
+        self._fill_limiter = RateLimiter(fill_bytes_per_second)
+        self._read_deadline_seconds = read_deadline_seconds
+        self._origins: dict[Digest, Origin] = {}
+        self._lanes: dict[str, Lane] = {}
+        self.counters = Counters()
+
+    def add_origin(self, origin: Origin) -> None:
+        """Say where a segment's bytes come from; a later one replaces it (new credentials, another tag)."""
+        known = self._origins.get(origin.segment.id)
+        if known is not None:
+            known.source, known.descriptor = origin.source, origin.descriptor
+            return
+        self._origins[origin.segment.id] = origin
+
+    def origin(self, segment: Digest) -> Origin | None:
+        """What is known about the source of a segment."""
+        return self._origins.get(segment)
+
+    def origins(self) -> Iterable[Origin]:
+        """All of them."""
+        return self._origins.values()
+
+    async def ensure(self, segment: Segment, first: int, count: int, priority: Priority) -> None:
+        """Return when chunks first .. first+count are present; raises what the last source failed with."""
+        await self.ensure_chunks(segment, segment.presence.missing(first, count), priority)
+        if priority is Priority.BLOCKED_READ:
+            self._read_ahead(segment, first, count)
+
+    async def ensure_chunks(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> None:
+        """The same for any set of chunks."""
+        if not chunks:
+            return
+        for flight in self._start(segment, chunks, priority):
+            await flight.wait()
+
+    def _start(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> list[Flight]:
+        origin = self._origins.get(segment.id)
+        if origin is None:
+            raise ChunkMissing(f"segment {segment.id}: no source is known for it", hint="mount its image by reference")
+        deadline = trio.current_time() + self._read_deadline_seconds
+        local = [n for n in chunks if n not in origin.flights and self._is_local(origin, n)]
+        flights = []
+        if local:
+            for n in local:
+                origin.flights[n] = Flight(n, priority, deadline)
+                flights.append(origin.flights[n])
+            self._nursery.start_soon(self._from_pool, origin, local, priority, deadline)
+        here = set(local)
+        rest = [n for n in chunks if n not in here]
+        if rest:
+            flights += self._from_source(origin, rest, priority, deadline)
+        return flights
+
+    def _from_source(
+        self, origin: Origin, chunks: Sequence[int], priority: Priority, deadline: float
+    ) -> list[Flight]:
+        lane = self._lane(origin)
+        if not origin.streamed:
+            flights = lane.want(origin, chunks, priority, deadline)
+            lane.pump()
+            return flights
+        flights = []
+        idle = not origin.flights
+        for n in chunks:
+            if n not in origin.flights:
+                origin.flights[n] = Flight(n, priority, deadline)
+            flights.append(origin.flights[n])
+        if idle:
+            self._nursery.start_soon(self._from_stream, origin)
+        return flights
+
+    def _lane(self, origin: Origin) -> Lane:
+        lane = self._lanes.get(origin.source.name)
+        if lane is None:
+            lane = self._lanes[origin.source.name] = Lane(
+                self._pool,
+                self._nursery,
+                self.counters,
+                connections=self._connections,
+                fill_limiter=self._fill_limiter,
+            )
+        return lane
+
+    def _read_ahead(self, segment: Segment, first: int, count: int) -> None:
+        origin = self._origins.get(segment.id)
+        if origin is None or origin.streamed:
+            return
+        table = segment.table
+
+        def contiguous(n: int) -> bool:
+            return table.segment_offset[n] == table.segment_offset[n - 1] + table.size[n - 1]
+
+        ahead = origin.readers.ahead(first, count, table.size, contiguous)
+        missing = segment.presence.missing(first + count, ahead) if ahead else []
+        if missing:
+            self._start(segment, missing, Priority.READ_AHEAD)
+
+    def _is_local(self, origin: Origin, n: int) -> bool:
+        """Whether the pool may have the bytes: recorded before this boot, elsewhere in the pool, or zeros."""
+        segment = origin.segment
+        return (
+            segment.table.kind[n] == ChunkKind.ZEROS
+            or segment.recorded(n)
+            or self._pool.find(segment.domain, segment.table.digest(n)) is not None
+        )
+
+    async def _from_pool(self, origin: Origin, chunks: list[int], priority: Priority, deadline: float) -> None:
+        """Bring chunks to life that the pool has somewhere; what turns out missing or damaged goes to the source."""
+        segment = origin.segment
+        for n in chunks:
+            flight = origin.flights[n]
+            try:
+                found = await self._one_from_pool(segment, n)
+            except P2pgzError as error:
+                log.warning("pool.unusable", chunk=n, segment=str(segment.id), reason=error.what)
+                found = False
+            except Exception:  # noqa: BLE001  # a bug or a dying disk must not strand the readers of these chunks
+                log.exception("pool.bug", chunk=n, segment=str(segment.id))
+                found = False
+            del origin.flights[n]
+            if found:
+                self.counters.pool_chunks += 1
+                self.counters.pool_bytes += segment.table.size[n]
+                flight.land()
+                continue
+            try:
+                # whoever joined the old flight waits for the new one
+                (successor,) = self._from_source(origin, [n], flight.priority, max(deadline, flight.deadline))
+            except P2pgzError as error:
+                flight.fail(error)
+                continue
+            self._nursery.start_soon(_follow, flight, successor)
+
+    async def _one_from_pool(self, segment: Segment, n: int) -> bool:
+        table = segment.table
+        if table.kind[n] == ChunkKind.ZEROS:
+            size = table.size[n]
+            chunk = await trio.to_thread.run_sync(lambda: verify(table.digest(n), bytes(size), source="TOC"))
+            await self._pool.add(segment, n, chunk)
+            return True
+        if segment.recorded(n) and await self._pool.revive(segment, [n]):
+            return True
+        return await self._pool.copy_from(segment, n)
+
+    async def _from_stream(self, origin: Origin) -> None:
+        """Read a plain layer's blob once more, for all who wait for chunks of it."""
+        error: P2pgzError | None = None
+        try:
+            await restream(self._pool, origin)
+        except P2pgzError as failure:
+            error = failure
+        except Exception as failure:  # noqa: BLE001  # a bug here must fail these chunks, not the node
+            log.exception("fetch.bug", blob=str(origin.descriptor.digest))
+            error = P2pgzError(f"internal error: {failure!r}")
+        for n, flight in list(origin.flights.items()):
+            del origin.flights[n]
+            if origin.segment.presence.has(n):
+                flight.land()
+            else:
+                flight.fail(error or SourceUnavailable(f"{origin.source.name}: the layer has no chunk {n}"))
+
+
+async def _follow(flight: Flight, successor: Flight) -> None:
+    try:
+        await successor.wait()
+    except P2pgzError as error:
+        flight.fail(error)
+    else:
+        flight.land()

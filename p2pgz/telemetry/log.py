@@ -1,0 +1,36 @@
+"""Logging: events with fields, JSON lines on standard error, text on a terminal. Never a line per successful read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def set_up(level: str, *, text: bool | None = None) -> None:
+    """Configure logging for this process; `text` is decided by whether standard error is a terminal when None."""
+    if text is None:
+        text = sys.stderr.isatty()
+    renderer: structlog.types.Processor
+    renderer = structlog.dev.ConsoleRenderer() if text else structlog.processors.JSONRenderer(sort_keys=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def get(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger whose events carry `logger=name`."""
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger(logger=name)
+    return logger

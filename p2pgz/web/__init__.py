@@ -1,0 +1,1 @@
+"""What the node serves: the control API on a unix socket, and descriptors of mounts beside it."""

@@ -1,0 +1,199 @@
+"""The control API: HTTP over the node's unix socket, JSON in, a stream of JSON lines out.
+
+Every command of the command line uses it (docs/reference/control-api.md). Each answer ends with a line
+`{"event": "result", …}` or `{"event": "error", …}`; lines before it report progress. File contents are the exception:
+frames of a 4-byte length and bytes, an empty frame, then the same last line.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope
+from starlette.types import Send as ASGISend
+
+from p2pgz.errors import ConfigError, P2pgzError
+
+log = structlog.get_logger(logger="control")
+
+REQUEST_MAX_BYTES = 1 << 20
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a reference and its way to the registry need, in every request about an image."""
+
+    reference: str
+    plain_http: bool = False
+    platform: str = ""
+    ca_file: str = ""
+    hosts_dir: str = ""
+    user: str = ""
+    allow_unverified_toc: bool = False
+    directory: str = ""
+    mode: str = "auto"
+    fill: bool | None = None
+    suid: bool = False
+    dev: bool = False
+    context: str = ""
+    path: str = ""
+
+
+class GetRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ask for the bytes that a digest names."""
+
+    digest: str
+
+
+class VerifyRequest(MountRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Check an image by reference, or the one that is mounted at `directory`."""
+
+    reference: str = ""
+
+
+class Control(Protocol):
+    """What the node offers here; errors are P2pgzErrors. Streams of bytes raise before their first piece if they can."""
+
+    def status(self) -> dict[str, Any]: ...
+
+    async def mount(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
+
+    async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
+
+    def read_file(self, request: MountRequest) -> AsyncIterator[bytes]: ...
+
+    def read_digest(self, request: GetRequest) -> AsyncIterator[bytes]: ...
+
+    async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]: ...
+
+
+def error_event(error: P2pgzError) -> dict[str, Any]:
+    """The last line of an answer that failed; `p2pgz.cli` turns it back into the error."""
+    return {
+        "event": "error",
+        "type": type(error).__name__,
+        "message": error.what,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def create_app(control: Control) -> Starlette:
+    """The routes."""
+    return Starlette(
+        routes=[
+            Route("/v1/status", lambda _: JSONResponse(control.status())),
+            Route("/v1/mounts", partial(_events, control.mount, MountRequest), methods=["POST"]),
+            Route("/v1/files", partial(_events, control.list_files, MountRequest), methods=["POST"]),
+            Route("/v1/verify", partial(_events, control.verify, VerifyRequest), methods=["POST"]),
+            Route("/v1/content", partial(_bytes, control.read_file, MountRequest), methods=["POST"]),
+            Route("/v1/chunks", partial(_bytes, control.read_digest, GetRequest), methods=["POST"]),
+        ]
+    )
+
+
+async def _parse(request: Request, shape: type[Any]) -> Any:
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > REQUEST_MAX_BYTES:
+            raise ConfigError("the request is too large")
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"the request is not understood: {error}", hint="client and node differ in version?") from error
+
+
+class _Streamed(Response):
+    """An answer that a coroutine writes while it works; it is cancelled when the client goes away."""
+
+    def __init__(self, media_type: str, write: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]) -> None:
+        super().__init__(media_type=media_type)
+        self._write = write
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def body(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        async def watch(cancel: trio.CancelScope) -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            cancel.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, nursery.cancel_scope)
+            await self._write(body)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            nursery.cancel_scope.cancel()
+
+
+async def _outcome(work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """The last line of an answer, whatever happened; a bug is reported and the node lives on."""
+    try:
+        return {"event": "result", **await work()}
+    except P2pgzError as error:
+        return error_event(error)
+    except Exception as error:  # noqa: BLE001  # see above
+        log.exception("control.bug")
+        return error_event(P2pgzError(f"internal error of the node: {error!r}", hint="its log has the details"))
+
+
+async def _events(
+    call: Callable[[Any, Progress], Awaitable[dict[str, Any]]], shape: type[Any], request: Request
+) -> Response:
+    async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
+        async def event(value: dict[str, Any]) -> None:
+            await body(msgspec.json.encode(value) + b"\n")
+
+        async def work() -> dict[str, Any]:
+            return await call(await _parse(request, shape), event)
+
+        await event(await _outcome(work))
+
+    return _Streamed("application/x-ndjson", write)
+
+
+async def _bytes(call: Callable[[Any], AsyncIterator[bytes]], shape: type[Any], request: Request) -> Response:
+    async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
+        async def work() -> dict[str, Any]:
+            async for piece in call(await _parse(request, shape)):
+                if piece:
+                    await body(struct.pack(">I", len(piece)) + piece)
+            return {}
+
+        last = await _outcome(work)
+        await body(struct.pack(">I", 0) + msgspec.json.encode(last) + b"\n")
+
+    return _Streamed("application/octet-stream", write)
+
+
+def handler(app: Starlette) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """The app as a handler of `web.unix.serve`: hypercorn's HTTP/1.1 on an accepted stream."""
+    config = HypercornConfig()
+    config.keep_alive_timeout = 60
+    wrapped = ASGIWrapper(app)  # type: ignore[arg-type]  # starlette and hypercorn spell the ASGI types differently
+    context = WorkerContext(None)
+
+    async def serve_stream(stream: trio.SocketStream) -> None:
+        await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]  # plain or TLS
+
+    return serve_stream
