@@ -143,7 +143,9 @@ def load(
             f"{path}: version = {config.version} is not understood", hint=f"this p2pgz reads version = {CONFIG_VERSION}"
         )
     if config.log.level not in {"debug", "info", "warning", "error"}:
-        raise ConfigError(f"log.level = {config.log.level!r}", hint="one of debug, info, warning, error")
+        raise ConfigError(
+            f"{path or 'configuration'}: log.level = {config.log.level!r}", hint="one of debug, info, warning, error"
+        )
     return Loaded(config, {key: origins.get(key, "default") for key in flatten(msgspec.to_builtins(config))})
 
 

@@ -53,6 +53,13 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dev: bool = False
     context: str = ""
     path: str = ""
+    recursive: bool = False
+
+
+class WaitRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Wait for the end of a mount."""
+
+    id: str
 
 
 class GetRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +80,8 @@ class Control(Protocol):
     def status(self) -> dict[str, Any]: ...
 
     async def mount(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
+
+    async def wait_mount(self, request: WaitRequest, progress: Progress) -> dict[str, Any]: ...
 
     async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
 
@@ -100,6 +109,7 @@ def create_app(control: Control) -> Starlette:
         routes=[
             Route("/v1/status", lambda _: JSONResponse(control.status())),
             Route("/v1/mounts", partial(_events, control.mount, MountRequest), methods=["POST"]),
+            Route("/v1/mounts/wait", partial(_events, control.wait_mount, WaitRequest), methods=["POST"]),
             Route("/v1/files", partial(_events, control.list_files, MountRequest), methods=["POST"]),
             Route("/v1/verify", partial(_events, control.verify, VerifyRequest), methods=["POST"]),
             Route("/v1/content", partial(_bytes, control.read_file, MountRequest), methods=["POST"]),

@@ -1,0 +1,5 @@
+"""`python -m p2pgz`."""
+
+from p2pgz.cli import main
+
+main()

@@ -1,0 +1,226 @@
+"""The command line's end of the control API, and starting a node where none runs.
+
+Standard library only: a command that asks a running node should start in tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from p2pgz import errors
+from p2pgz.errors import NodeUnavailable, P2pgzError, StateError
+
+if TYPE_CHECKING:
+    from p2pgz.cli.context import Settings
+
+API_SOCKET = "api.sock"
+DESCRIPTOR_SOCKET = "fd.sock"
+# A node starts in well under a second; a slow disk that checks its pool may take longer
+NODE_START_SECONDS = 60.0
+
+
+def connect(path: Path) -> socket.socket:
+    """A connection to a unix socket however long its path is."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if len(os.fsencode(path)) <= 107:  # sun_path, unix(7)
+            sock.connect(str(path))
+        else:
+            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+            try:
+                sock.connect(f"/proc/self/fd/{directory}/{path.name}")
+            finally:
+                os.close(directory)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = connect(self._path)
+
+
+class NodeClient:
+    """Talks to the node of one state directory."""
+
+    def __init__(self, run_path: Path) -> None:
+        self.run_path = run_path
+
+    def is_up(self) -> bool:
+        """Whether a node listens."""
+        try:
+            connect(self.run_path / API_SOCKET).close()
+        except OSError:
+            return False
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """The node's status document."""
+        with self._request("GET", "/v1/status", None) as answer:
+            status: dict[str, Any] = json.load(answer)
+        return status
+
+    def call(self, path: str, request: dict[str, Any], progress: Any = None) -> dict[str, Any]:
+        """Run one request; progress lines go to `progress(event)`; returns the result or raises the node's error."""
+        with self._request("POST", path, request) as answer:
+            for line in answer:
+                event = json.loads(line)
+                if event["event"] in {"result", "error"}:
+                    return _result(event)
+                if progress is not None:
+                    progress(event)
+        raise NodeUnavailable("the node ended in the middle of the request", hint="see its log; run the command again")
+
+    def read(self, path: str, request: dict[str, Any]) -> Iterator[bytes]:
+        """The bytes that a request answers with, in pieces; raises the node's error where it stopped."""
+        with self._request("POST", path, request) as answer:
+            while len(head := answer.read(4)) == 4:
+                (length,) = struct.unpack(">I", head)
+                if not length:
+                    _result(json.loads(answer.read()))
+                    return
+                piece = answer.read(length)
+                if len(piece) < length:
+                    break
+                yield piece
+        raise NodeUnavailable("the node ended in the middle of the request", hint="see its log; run the command again")
+
+    def descriptor(self, token: str) -> int:
+        """Fetch the mount descriptor that a mount request left for us."""
+        with connect(self.run_path / DESCRIPTOR_SOCKET) as sock:
+            sock.settimeout(10)
+            sock.sendall(token.encode() + b"\n")
+            _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+        if not descriptors:
+            raise NodeUnavailable("the node gave no mount", hint="run the command again")
+        return descriptors[0]
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> IO[bytes]:
+        connection = _Connection(self.run_path / API_SOCKET)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NodeUnavailable(f"no node runs at {self.run_path}", hint="start one with `p2pgz node`") from error
+        except PermissionError as error:
+            raise NodeUnavailable(
+                f"the node at {self.run_path} belongs to another user", hint="name a state directory of your own: --state-dir"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise NodeUnavailable(f"the node at {self.run_path} does not answer: {error}") from error
+        if response.status != 200:
+            raise NodeUnavailable(
+                f"the node at {self.run_path} does not know this request (HTTP {response.status})",
+                hint="node and command line have different versions? restart the node",
+            )
+        return response
+
+
+def _result(event: dict[str, Any]) -> dict[str, Any]:
+    if event["event"] == "result":
+        return event
+    kind = getattr(errors, event.get("type", ""), P2pgzError)
+    if not (isinstance(kind, type) and issubclass(kind, P2pgzError)):
+        kind = P2pgzError
+    raise kind(event["message"], hint=event["hint"])
+
+
+def running_node(settings: Settings, *, start: bool = True) -> NodeClient:
+    """The node of these settings; started for this command if none runs (`start`), ending after its last mount."""
+    client = NodeClient(settings.run_path)
+    if client.is_up():
+        return client
+    if not start:
+        raise NodeUnavailable(f"no node runs at {settings.run_path}", hint="start one with `p2pgz node`")
+    _start_node(settings, client)
+    return client
+
+
+def _start_node(settings: Settings, client: NodeClient) -> None:
+    command = [sys.executable, "-m", "p2pgz"]
+    command += ["--config", settings.config_file] if settings.config_file else []
+    command += ["--state-dir", settings.state_dir] if settings.state_dir else []
+    command += ["-v"] if settings.verbose else []
+    ready_read, ready_write = os.pipe()
+    command += ["node", "--ephemeral", "--ready-fd", str(ready_write)]
+    settings.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log_path = settings.state_path / "node.log"
+    try:
+        with log_path.open("ab") as log:
+            process = subprocess.Popen(
+                _in_own_scope(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[ready_write],
+                start_new_session=True,
+                cwd="/",
+            )
+    except OSError as error:
+        os.close(ready_read)
+        raise StateError(f"{log_path}: {error.strerror}", hint="is the state directory writable?") from error
+    finally:
+        os.close(ready_write)
+    with open(ready_read, "rb") as ready:
+        said = _read_ready(ready, process)
+    if said.get("event") == "ready":
+        return
+    if said:
+        if client.is_up():  # two commands started a node at the same moment: the other one won the lock
+            return
+        _result(said)
+    raise NodeUnavailable("the node did not start", hint=f"see {log_path}")
+
+
+def _read_ready(ready: IO[bytes], process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The node's one line on its ready pipe: `ready`, or the error that keeps it from starting."""
+    deadline = time.monotonic() + NODE_START_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([ready], [], [], left)[0]:
+            line = ready.readline()
+            said: dict[str, Any] = json.loads(line) if line else {}
+            return said
+    process.kill()
+    return {}
+
+
+def _in_own_scope(command: list[str]) -> list[str]:
+    """Under systemd a scope of its own keeps the node alive when the login session of this command ends."""
+    if not Path("/run/systemd/system").is_dir() or shutil.which("systemd-run") is None:
+        return command
+    user = [] if os.geteuid() == 0 else ["--user"]
+    probe = subprocess.run(
+        ["systemd-run", *user, "--scope", "--quiet", "true"], capture_output=True, check=False, timeout=10
+    )
+    return ["systemd-run", *user, "--scope", "--quiet", "--", *command] if probe.returncode == 0 else command
+
+
+def show_progress(settings: Settings) -> Any:
+    """A callback for progress events: one changing line on a terminal, nothing elsewhere."""
+    if settings.quiet or not sys.stderr.isatty():
+        return None
+
+    def show(event: dict[str, Any]) -> None:
+        click.echo(f"\r\033[K{event.get('text', '')}", err=True, nl=event.get("last", False))
+
+    return show

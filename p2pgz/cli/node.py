@@ -1,0 +1,40 @@
+"""`p2pgz node`: the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from p2pgz.cli.context import Settings
+from p2pgz.errors import P2pgzError
+
+
+@click.command()
+@click.option("--ephemeral", is_flag=True, help="End after the last mount (what `p2pgz mount` starts).")
+@click.option("--ready-fd", type=int, hidden=True, help="Write one line here once the node answers.")
+@click.pass_obj
+def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
+    """Run the node in the foreground. SIGTERM ends it; mounts go on with the bytes that are here."""
+    import trio
+
+    from p2pgz import node as daemon
+    from p2pgz.telemetry import log
+
+    def tell(event: dict[str, object]) -> None:
+        if ready_fd is not None:
+            os.write(ready_fd, json.dumps(event).encode() + b"\n")
+            os.close(ready_fd)
+
+    try:
+        loaded = settings.load()
+        log.set_up(loaded.config.log.level)
+        trio.run(
+            daemon.run_node, loaded.config, settings.state_path, settings.run_path, ephemeral, tell, restrict_keyboard_interrupt_to_checkpoints=True
+        )
+    except P2pgzError as error:
+        from p2pgz.web.api import error_event
+
+        tell(error_event(error))
+        raise

@@ -1,0 +1,67 @@
+"""`p2pgz status` and `p2pgz pool`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from p2pgz.cli.client import running_node
+from p2pgz.cli.context import Settings, json_option, print_json
+
+
+def human_bytes(count: float) -> str:
+    """`1536` → `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def status(settings: Settings, /, as_json: bool) -> None:
+    """Show the node, its mounts and where their bytes came from."""
+    document = running_node(settings, start=False).status()
+    if as_json:
+        print_json(document)
+        return
+    node, pool = document["node"], document["pool"]
+    click.echo(f"node {node['version']}, up {node['uptime_seconds']:.0f} s, pid {node['pid']}")
+    for mount in document["mounts"]:
+        share = 100 * mount["present_bytes"] / mount["bytes"] if mount["bytes"] else 100
+        click.echo(
+            f"{mount['dir'] or '(not attached)'}  {mount['ref']}  {mount['mode']}  {mount['state']}  "
+            f"{human_bytes(mount['present_bytes'])} of {human_bytes(mount['bytes'])} here ({share:.0f} %)"
+        )
+    if not document["mounts"]:
+        click.echo("no mounts")
+    click.echo(f"pool: {human_bytes(pool['bytes'])} in {pool['chunks']} chunks")
+    for source, counts in document["sources"].items():
+        click.echo(f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts))
+
+
+def _requests(counts: dict[str, Any]) -> str:
+    if "requests" not in counts:
+        return ""
+    return f", {counts['requests']} requests, {human_bytes(counts['wire_bytes'])} received"
+
+
+@click.group()
+def pool() -> None:
+    """Show and keep this host's chunk pool."""
+
+
+@pool.command("stat")
+@json_option
+@click.pass_obj
+def stat(settings: Settings, /, as_json: bool) -> None:
+    """Show what the pool holds."""
+    document = running_node(settings).status()["pool"]
+    if as_json:
+        print_json(document)
+        return
+    click.echo(f"{human_bytes(document['bytes'])} in {document['chunks']} chunks, {document['segments']} segments")
+    click.echo(f"in {document['path']}, {human_bytes(document['free_bytes'])} free on that file system")
