@@ -1,0 +1,59 @@
+# make demo | test | lint | coverage | wheel-test | lock | clean
+#
+# Every target sets up what it needs (.ci/setup: Debian packages when root, the virtual environment .venv) and writes
+# nothing outside this folder but those packages.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test unit lint format coverage wheel-test lock changelog clean
+
+PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
+
+help:
+	@sed -n 's/^# make /make /p' Makefile; echo 'make setup | unit | format | changelog'
+
+setup:
+	@.ci/setup run
+
+demo: setup
+	@.venv/bin/p2pgz demo
+
+test:
+	@.ci/setup test
+	$(PYTEST) $(ARGS)
+
+unit:
+	@.ci/setup test
+	$(PYTEST) tests/unit tests/property $(ARGS)
+
+lint:
+	@.ci/setup test
+	@.ci/lint
+
+format: setup
+	.venv/bin/ruff check --fix-only -q .
+	.venv/bin/ruff format .
+
+# Line and branch coverage of what runs in the test process; core/ has no excuse, it is sans-io.
+coverage:
+	@.ci/setup test
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -q tests/unit tests/property $(ARGS)
+	.venv/bin/coverage combine -q
+	.venv/bin/coverage report --skip-covered
+	.venv/bin/coverage report --include='p2pgz/core/*' --fail-under=100 >/dev/null || { echo 'core/ is below 100 %'; exit 1; }
+
+wheel-test:
+	@.ci/setup test
+	@.ci/wheel-test $(ARGS)
+
+# New versions: edit the ranges in pyproject.toml, then this. `LOCK_ARGS=--upgrade` takes the newest of everything.
+lock: setup
+	.venv/bin/uv pip compile -q --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	    --universal --python-version 3.11 --group dev pyproject.toml -o constraints.txt $(LOCK_ARGS)
+
+# The fragments of changelog.d become a section of CHANGELOG.md: make changelog VERSION=0.2.0
+changelog: setup
+	.venv/bin/python .ci/changelog.py $(VERSION)
+
+clean:
+	rm -rf .venv .venv-wheel dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
