@@ -28,7 +28,7 @@ _BEFORE = tuple((1 << i) - 1 for i in range(8))
 
 
 class Presence:
-    """A fixed number of bits in a memfd. Made by `create()` or `attach()`."""
+    """A fixed number of bits in a memfd. Made by `create()`, `attach()`, or, for one process, `private()`."""
 
     __slots__ = ("_bits", "_map", "_writable", "bitmap_bytes", "count", "fd")
 
@@ -37,6 +37,10 @@ class Presence:
         self.count = count
         self.bitmap_bytes = (count + 7) // 8
         self._writable = writable
+        self._map: mmap.mmap | None = None
+        if fd < 0:
+            self._bits = memoryview(bytearray(self.bitmap_bytes))
+            return
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(fd, max(1, self.bitmap_bytes), mmap.MAP_SHARED, protection)
         self._bits = memoryview(self._map)
@@ -54,6 +58,11 @@ class Presence:
         except BaseException:
             os.close(fd)
             raise
+
+    @classmethod
+    def private(cls, count: int) -> Presence:
+        """An empty bitmap in this process's own memory; `fd` is -1."""
+        return cls(-1, count, writable=True)
 
     @classmethod
     def attach(cls, fd: int, count: int) -> Presence:
@@ -128,9 +137,10 @@ class Presence:
 
     def close(self) -> None:
         """Release memory and descriptor; other processes keep theirs. May be called twice."""
-        if self.fd >= 0:
+        if self._map is not None:
             self._bits.release()
             self._map.close()
+            self._map = None
             os.close(self.fd)
             self.fd = -1
 

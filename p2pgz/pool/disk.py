@@ -1,0 +1,201 @@
+"""What the pool asks of the operating system: chunk bytes in and out, durability, and whether a place is fit.
+
+`Disk` is a port: tests pass one that fails on purpose. Its calls block; the pool decides what runs in a
+thread. Errors of the system leave as OSError; the pool gives them their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from p2pgz.errors import PoolFull, StateError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# linux/falloc.h
+_FALLOC_FL_KEEP_SIZE: Final = 0x01
+_FALLOC_FL_PUNCH_HOLE: Final = 0x02
+# linux/fs.h; the request numbers of x86_64 and arm64
+_FS_IOC_GETFLAGS: Final = 0x80086601
+_FS_IOC_SETFLAGS: Final = 0x40086602
+_FS_NODUMP_FL: Final = 0x40
+# linux/magic.h and the file systems' own headers. Memory-backed and overlay file systems lose the pool with
+# the machine or the container; the network ones give no coherent mmap, no hole punching, or locks that lie.
+_UNFIT_FILE_SYSTEMS: Final = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x794C7630: "overlayfs",
+    0x6969: "NFS",
+    0x0BD00BD0: "Lustre",
+    0x517B: "SMB",
+    0xFF534D42: "SMB",
+    0xFE534D42: "SMB",
+    0x00C36400: "CephFS",
+    0x47504653: "GPFS",
+    0x5346414F: "AFS",
+    0x01021997: "9p",
+}
+# https://bford.info/cachedir/: backup programs skip directories that hold a file starting with this
+_CACHEDIR_TAG: Final = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# Chunks of container images, kept by p2pgz. All of it can be fetched again.\n"
+)
+_FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+_libc.statfs.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+
+
+class Disk:
+    """The real thing."""
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        """Write all of `data`."""
+        view = memoryview(data).cast("B")
+        while view:
+            written = os.pwrite(fd, view, offset)
+            view = view[written:]
+            offset += written
+
+    def fdatasync(self, fd: int) -> None:
+        """Make what was written durable. After a failure nothing written before may be taken as durable."""
+        os.fdatasync(fd)
+
+    def copy(self, source_fd: int, source_offset: int, fd: int, offset: int, count: int) -> None:
+        """Copy between files, by reflink where the file system can."""
+        while count:
+            try:
+                copied = os.copy_file_range(source_fd, fd, count, source_offset, offset)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                data = os.pread(source_fd, min(count, 1 << 20), source_offset)
+                self.pwrite(fd, data, offset)
+                copied = len(data)
+            if copied == 0:
+                raise OSError(errno.ENODATA, "the source file ends inside the chunk")
+            source_offset += copied
+            offset += copied
+            count -= copied
+
+    def punch(self, fd: int, offset: int, count: int) -> None:
+        """Give the space of a range back; it reads as zeros afterwards."""
+        if _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, count) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+
+def read_fully(fd: int, count: int, offset: int) -> bytes:
+    """Up to `count` bytes at `offset`; fewer only at the end of the file."""
+    data = os.pread(fd, count, offset)
+    if len(data) == count or not data:
+        return data
+    parts = [data]
+    got = len(data)
+    while got < count and (data := os.pread(fd, count - got, offset + got)):
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, a quota or a file size limit had no room."""
+    return error.errno in _FULL_ERRNOS
+
+
+def named(error: OSError, what: str) -> PoolFull | StateError:
+    """The error of ours for one of the system's."""
+    if is_full(error):
+        hint = "free some space, raise the quota or the file size limit, or run `p2pgz pool gc`"
+        return PoolFull(f"{what}: {error.strerror}", hint=hint)
+    return StateError(f"{what}: {error.strerror}", hint="see the kernel log; the disk may be failing")
+
+
+def file_system_type(directory: Path) -> int:
+    """`f_type` of statfs(2)."""
+    buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes on 64-bit Linux
+    if _libc.statfs(os.fsencode(directory), buffer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(directory))
+    return int(struct.unpack_from("=q", buffer)[0]) & 0xFFFFFFFF
+
+
+def refuse_unfit_file_system(directory: Path) -> None:
+    """Raise StateError when the pool would be lost, or wrong, on the file system of `directory`."""
+    name = _UNFIT_FILE_SYSTEMS.get(file_system_type(directory))
+    if name is not None:
+        raise StateError(
+            f"{directory} is on {name}, which cannot hold the pool",
+            hint="choose a directory on a local disk with --state-dir, for example below /var/tmp",
+        )
+
+
+def mark_as_cache(directory: Path) -> None:
+    """Tell backup and dump programs to leave the pool alone; best effort."""
+    tag = directory / "CACHEDIR.TAG"
+    with contextlib.suppress(OSError):
+        if not tag.exists():
+            write_durably(tag, _CACHEDIR_TAG)
+    with contextlib.suppress(OSError):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flags = bytearray(8)
+            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+            value = struct.unpack_from("=I", flags)[0] | _FS_NODUMP_FL
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=Q", value))
+        finally:
+            os.close(fd)
+
+
+def write_durably(path: Path, data: Buffer) -> None:
+    """Create or replace a file so that after a crash it has the old bytes or the new, never a part."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        Disk().pwrite(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.replace(path)
+
+
+TEMPORARY_SUFFIX: Final = ".tmp"
+
+
+def sync_directory(directory: Path) -> None:
+    """Make creations, renames and removals in it durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file of a state directory; raises StateError naming the process that holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise StateError(
+                f"{path.parent} is in use by another node (process {holder})",
+                hint="stop that node, or give this one its own --state-dir",
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,273 @@
+"""The index: which chunks and files the pool holds, in SQLite.
+
+`pool.Pool` calls it; `catalog` keeps images, tags, pins and mounts in the same database. Reads are
+synchronous on the event loop (3 us each); writes are closures that run one at a time in a thread, each in one
+transaction. A commit may be lost with the power (synchronous=NORMAL) but not half of it; what must not come
+back, removals, is written with FULL.
+
+The index only remembers: no byte is ever believed because of it alone, except after a clean stop. So a
+damaged database is moved aside and a new one begun. One of a newer p2pgz is refused and left as it is.
+Design, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import apsw
+import structlog
+import trio
+
+from p2pgz.errors import PoolFull, StateError
+
+log = structlog.get_logger(logger="pool")
+T = TypeVar("T")
+
+SCHEMA_VERSION: Final = 1
+# SQLite refuses more parameters than 32766 in a statement
+_KEYS_PER_QUERY: Final = 8192
+_SCHEMA: Final = """
+CREATE TABLE facts(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE segments(
+    row INTEGER PRIMARY KEY, domain TEXT NOT NULL, id BLOB NOT NULL,
+    segment_bytes INTEGER NOT NULL, chunk_count INTEGER NOT NULL, compression TEXT NOT NULL,
+    blob_digest BLOB, blob_bytes INTEGER NOT NULL, source TEXT NOT NULL,
+    table_digest BLOB NOT NULL,                     -- sha256 of the segment table
+    file_starts BLOB NOT NULL,                      -- u32 each: the first chunk of every file
+    present BLOB NOT NULL,                          -- bitmap: what is durable here
+    verified BLOB,                                  -- bitmap at a clean stop, else NULL
+    held_chunks INTEGER NOT NULL, held_bytes INTEGER NOT NULL,
+    last_mount REAL NOT NULL DEFAULT 0, heat INTEGER NOT NULL DEFAULT 0,
+    native_served INTEGER NOT NULL DEFAULT 0,       -- a kernel may read the file without asking us
+    UNIQUE(domain, id));
+CREATE TABLE chunks(digest BLOB NOT NULL, segment INTEGER NOT NULL, n INTEGER NOT NULL,
+    PRIMARY KEY(digest, segment, n)) WITHOUT ROWID;
+CREATE TABLE files(key BLOB NOT NULL, segment INTEGER NOT NULL, segment_offset INTEGER NOT NULL,
+    first_chunk INTEGER NOT NULL, chunk_count INTEGER NOT NULL, size INTEGER NOT NULL,
+    PRIMARY KEY(key, segment)) WITHOUT ROWID;
+CREATE TABLE heat(segment INTEGER NOT NULL, n INTEGER NOT NULL, reads INTEGER NOT NULL,
+    last REAL NOT NULL,
+    PRIMARY KEY(segment, n)) WITHOUT ROWID;
+CREATE TABLE objects(domain TEXT NOT NULL, digest BLOB NOT NULL, size INTEGER NOT NULL,
+    packed INTEGER NOT NULL, data BLOB NOT NULL, UNIQUE(domain, digest));
+CREATE TABLE images(domain TEXT NOT NULL, manifest BLOB NOT NULL, reference TEXT NOT NULL,
+    tree_path TEXT NOT NULL, segments BLOB NOT NULL, created REAL NOT NULL, last_mount REAL NOT NULL,
+    PRIMARY KEY(manifest, domain)) WITHOUT ROWID;
+CREATE TABLE tags(reference TEXT PRIMARY KEY, digest BLOB NOT NULL, resolved REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE pins(manifest BLOB PRIMARY KEY, reference TEXT NOT NULL,
+    since REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE mounts(id TEXT PRIMARY KEY, directory TEXT NOT NULL, manifest BLOB NOT NULL,
+    options TEXT NOT NULL, since REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+_UNUSABLE: Final = (
+    apsw.AuthError,
+    apsw.BusyError,
+    apsw.CantOpenError,
+    apsw.ConnectionClosedError,
+    apsw.IOError,
+    apsw.PermissionsError,
+    apsw.ReadOnlyError,
+)
+
+
+class SegmentRow(NamedTuple):
+    """A row of `segments`: what is known of a segment that is not open."""
+
+    row: int
+    domain: str
+    id: bytes
+    segment_bytes: int
+    chunk_count: int
+    blob_digest: bytes | None
+    blob_bytes: int
+    source: str
+    table_digest: bytes
+    file_starts: bytes
+    present: bytes
+    verified: bytes | None
+    native_served: int
+
+
+class FileAt(NamedTuple):
+    """A row of `files`: a complete file in the segment of that row."""
+
+    key: bytes
+    segment: int
+    segment_offset: int
+    first_chunk: int
+    chunk_count: int
+
+
+class Index:
+    """An open index. Made by `Index.open`; `Index.in_memory` is for tests and fakes."""
+
+    def __init__(self, reader: apsw.Connection, writer: apsw.Connection, *, fresh: bool) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._limiter = trio.CapacityLimiter(1)
+        self.fresh = fresh
+        """whether it began empty just now"""
+
+    @classmethod
+    def open(cls, path: Path) -> Index:
+        """Open or make the database at `path`. Blocks; call it in a thread. Raises StateError."""
+        fresh = not path.exists()
+        try:
+            writer = _connect(path)
+        except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as error:
+            _move_aside(path, error)
+            writer, fresh = _connect(path), True
+        reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        reader.set_busy_timeout(5000)
+        return cls(reader, writer, fresh=fresh)
+
+    @classmethod
+    def in_memory(cls) -> Index:
+        """One that is gone when closed; writes run where they are called."""
+        connection = apsw.Connection(":memory:")
+        for _ in connection.execute(_SCHEMA):
+            pass
+        return cls(connection, connection, fresh=True)
+
+    def close(self) -> None:
+        """Close the database, folding the log into it. Blocks."""
+        self._reader.close()
+        self._writer.close()
+
+    async def write(self, change: Callable[[apsw.Connection], T], *, durable: bool = False) -> T:
+        """Run `change` in a transaction; `durable`: it is on the disk before this returns.
+
+        All of it happens or nothing: raises PoolFull or StateError. A cancelled caller still waits for the
+        end.
+        """
+
+        def run() -> T:
+            with _named_errors():
+                self._writer.pragma("synchronous", "FULL" if durable else "NORMAL")
+                with self._writer:
+                    result = change(self._writer)
+            return result
+
+        if self._writer is self._reader:
+            await trio.lowlevel.checkpoint()
+            return run()
+        return await trio.to_thread.run_sync(run, limiter=self._limiter)
+
+    def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a short query. Raises StateError when the database is damaged."""
+        with _named_errors():
+            return list(self._reader.execute(sql, bindings))
+
+    def fact(self, name: str) -> Any:
+        """A single value, or None."""
+        rows = self.rows("SELECT value FROM facts WHERE name = ?", (name,))
+        return rows[0][0] if rows else None
+
+    def segments(self) -> list[SegmentRow]:
+        """All segments, in the order in which they were first opened."""
+        columns = ", ".join(SegmentRow._fields)
+        return [SegmentRow(*row) for row in self.rows(f"SELECT {columns} FROM segments ORDER BY row")]  #
+        noqa: S608
+
+    def segment(self, row: int) -> SegmentRow | None:
+        """One segment."""
+        columns = ", ".join(SegmentRow._fields)
+        rows = self.rows(f"SELECT {columns} FROM segments WHERE row = ?", (row,))  # noqa: S608
+        return SegmentRow(*rows[0]) if rows else None
+
+    def held(self) -> tuple[int, int]:
+        """Chunks and bytes of all segments together."""
+        sql = "SELECT coalesce(sum(held_chunks), 0), coalesce(sum(held_bytes), 0) FROM segments"
+        chunks, held_bytes = self.rows(sql)[0]
+        return chunks, held_bytes
+
+    def places(self, digest: bytes, *, limit: int) -> list[tuple[int, int]]:
+        """Where a chunk is: (segment row, n), at most `limit` of them."""
+        sql = "SELECT segment, n FROM chunks WHERE digest = ? LIMIT ?"
+        return [(segment, n) for segment, n in self.rows(sql, (digest, limit))]
+
+    def files(self, keys: Iterable[bytes]) -> Iterator[FileAt]:
+        """The rows of `files` with these keys."""
+        if not self.rows("SELECT 1 FROM files LIMIT 1"):
+            return
+        wanted = list(keys)
+        for start in range(0, len(wanted), _KEYS_PER_QUERY):
+            part = wanted[start : start + _KEYS_PER_QUERY]
+            marks = ",".join("?" * len(part))
+            sql = "SELECT key, segment, segment_offset, first_chunk, chunk_count FROM files WHERE key IN"
+            with _named_errors():
+                for row in self._reader.execute(f"{sql} ({marks})", part):  # noqa: S608  # question marks
+                only
+                    yield FileAt(*row)
+
+
+def _connect(path: Path) -> apsw.Connection:
+    with _named_errors(pass_damage=True):
+        connection = apsw.Connection(str(path))
+        path.chmod(0o600)
+        connection.set_busy_timeout(5000)
+        version = connection.pragma("user_version")
+        if version > SCHEMA_VERSION:
+            connection.close()
+            raise StateError(
+                f"{path} was written by a newer p2pgz (index version {version}, this one knows {SCHEMA_VERSION})",
+                hint="upgrade p2pgz, or choose another --state-dir",
+            )
+        connection.pragma("journal_mode", "WAL")
+        if version == 0:
+            with connection:
+                for _ in connection.execute(_SCHEMA):
+                    pass
+                connection.pragma("user_version", SCHEMA_VERSION)
+            return connection
+        clean = list(connection.execute("SELECT value FROM facts WHERE name = 'clean'"))
+        # after a clean stop nobody but us touched it; else look at every page before anything relies on one
+        if clean != [(1,)] and (found := connection.pragma("quick_check(1)")) != "ok":
+            raise apsw.CorruptError(str(found))
+        return connection
+
+
+def _move_aside(path: Path, error: apsw.Error) -> None:
+    damaged = path.with_name(path.name + ".damaged")
+    log.error(
+        "index.damaged",
+        path=str(path),
+        reason=str(error),
+        kept_as=str(damaged),
+        effect="a new index is begun; chunks that the pool's files hold are checked when first used",
+    )
+    for suffix in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).unlink()
+    with suppress(FileNotFoundError):
+        path.replace(damaged)
+
+
+@contextmanager
+def _named_errors(*, pass_damage: bool = False) -> Iterator[None]:
+    """Give SQLite's errors our names, except, when asked so, those that mean a damaged database."""
+    try:
+        yield
+    except apsw.FullError as error:
+        raise PoolFull("the index cannot grow: no room on the disk", hint="free some space") from error
+    except (
+        apsw.CantOpenError,
+        apsw.PermissionsError,
+        apsw.ReadOnlyError,
+        apsw.IOError,
+        apsw.BusyError,
+    ) as error:
+        raise StateError(
+            f"the index cannot be used: {error}", hint="see owner and mode of index.db"
+        ) from error
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        if pass_damage:
+            raise
+        hint = "restart the node: it begins a new index and keeps the chunks"
+        raise StateError(f"the index is damaged: {error}", hint=hint) from error
+
