@@ -1,59 +1,44 @@
 """A merged tree as one file that is read where it lies: opening it parses nothing, whatever its size.
 
-`image.treebuild` writes it when an image is opened for the first time; the mount's process and the node map it and answer every
-question about names and attributes from the map, so a mounted image costs next to no memory of its own. The file holds no content,
-only where each file's chunks are. It must never be changed after it was written: pages of it are cached by the kernel and by us.
+`build_tree` writes it when an image is opened for the first time; the mount's process and the node map it and
+answer every question about names and attributes from the map, so a mounted image costs next to no memory of
+its own. The file holds no content, only where each file's chunks are. It must never be changed after it was
+written: pages of it are cached by the kernel and by us.
 
-Layout: a fixed header, then arrays of one kind of number each (largest first, so that all are aligned), then three heaps of bytes.
-Inodes are numbered from 1 (the root) in breadth-first order without gaps; the names of a directory are neighbours, in byte order.
-Numbers have the machine's byte order, and the magic with them: a file carried to a machine of the other order is refused.
+Layout: a fixed header, then arrays of one kind of number each (largest first, so that all are aligned), then
+three heaps of bytes. Inodes are numbered from 1 (the root) in breadth-first order without gaps; the names of
+a directory are neighbours, in byte order. Numbers have the machine's byte order, and the magic with them: a
+file carried to a machine of the other order is refused.
 """
 
 from __future__ import annotations
 
 import stat
-import struct
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from p2pgz.core.digest import SHA256_BYTES, Digest
 from p2pgz.errors import ImageNotFound, StateError
+from p2pgz.image.treebuild import build_tree
+from p2pgz.image.treeformat import (
+    HEADER,
+    INODE_COLUMNS,
+    MAGIC,
+    PREFIX_BYTES,
+    ROOT_INO,
+    XATTR_COUNT,
+    XATTR_LENGTHS,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from p2pgz.image.treebuild import build_tree as build_tree
+__all__ = ["ROOT_INO", "Extent", "Inode", "TreeFile", "build_tree"]
 
-ROOT_INO: Final = 1
-# The last byte is the version of the format.
-MAGIC: Final = int.from_bytes(b"p2pgztr\x01", "little")
-# magic, inodes, names, segments, bytes of: names, texts (symlinks and attributes), info; total bytes of files
-HEADER: Final = struct.Struct("=QQQQQQQQ")
-# The columns, in file order: name, code. Rows: one per inode, then one per name.
-INODE_COLUMNS: Final[tuple[tuple[str, Literal["Q", "q", "I"]], ...]] = (
-    ("size", "Q"),
-    ("mtime", "q"),
-    ("rdev", "Q"),
-    ("where", "Q"),  # directory: first name; file: segment offset; symlink: offset in the texts
-    ("mtime_nsec", "I"),
-    ("mode", "I"),
-    ("uid", "I"),
-    ("gid", "I"),
-    ("nlink", "I"),
-    ("count", "I"),  # directory: names; file: chunks
-    ("first_chunk", "I"),
-    ("segment", "I"),
-    ("xattrs", "I"),  # offset in the texts + 1, or 0
-    ("parent", "I"),
-)
-# Extra row at the end of name_end's predecessor column: name n is names[name_start[n]:name_start[n + 1]].
-SYMLINKS_MAX: Final = 40  # as Linux (MAXSYMLINKS)
-PREFIX_BYTES: Final = 8
 _ITEM_BYTES: Final = {"Q": 8, "q": 8, "I": 4}
 _REBUILD: Final = "delete it; it is built again from the image's TOCs"
-_TEXT_LENGTHS: Final = struct.Struct("=II")
-_TEXT_COUNT: Final = struct.Struct("=I")
+SYMLINKS_MAX: Final = 40  # as Linux (MAXSYMLINKS)
 
 
 class Inode(NamedTuple):
@@ -69,7 +54,7 @@ class Inode(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """Where the bytes of a file are: the segment (an index of `TreeFile.segments`), the place in it, its chunks there."""
+    """Where a file's bytes are: the segment (an index of `TreeFile.segments`), the place, its chunks."""
 
     segment: int
     segment_offset: int
@@ -80,20 +65,24 @@ class Extent(NamedTuple):
 class TreeFile:
     """A view of a tree file. Keeps `buffer` alive.
 
-    Raises StateError for a buffer that is no tree file of this version, at once or when a damaged place is met; an inode number
-    that the tree does not have is the caller's mistake and raises IndexError.
+    Raises StateError for a buffer that is no tree file of this version, at once or when a damaged place is
+    met; an inode number that the tree does not have is the caller's mistake and raises IndexError.
     """
 
     def __init__(self, buffer: Buffer) -> None:
         view = memoryview(buffer).cast("B").toreadonly()
         if len(view) < HEADER.size:
             raise StateError(f"tree file of {len(view)} bytes is cut short", hint=_REBUILD)
-        magic, inodes, names, segments, names_bytes, texts_bytes, info_bytes, total_bytes = HEADER.unpack_from(view)
+        magic, inodes, names, segments, names_bytes, texts_bytes, info_bytes, total_bytes = (
+            HEADER.unpack_from(view)
+        )
         if magic != MAGIC:
             raise StateError("not a tree file of this version", hint=_REBUILD)
         sizes = [_ITEM_BYTES[code] * inodes for _, code in INODE_COLUMNS]
         sizes += [PREFIX_BYTES * names, 4 * names, 4 * (names + 1)]
-        expected_bytes = HEADER.size + sum(sizes) + SHA256_BYTES * segments + names_bytes + texts_bytes + info_bytes
+        expected_bytes = (
+            HEADER.size + sum(sizes) + SHA256_BYTES * segments + names_bytes + texts_bytes + info_bytes
+        )
         if len(view) != expected_bytes or not inodes:
             raise StateError(f"tree file has {len(view)} bytes instead of {expected_bytes}", hint=_REBUILD)
         at = HEADER.size
@@ -122,7 +111,9 @@ class TreeFile:
         self._names = take(names_bytes)
         self._texts = take(texts_bytes)
         self.info: Final = bytes(take(info_bytes))
-        self.segments: Final = [Digest(digests[n : n + SHA256_BYTES]) for n in range(0, len(digests), SHA256_BYTES)]
+        self.segments: Final = [
+            Digest(digests[n : n + SHA256_BYTES]) for n in range(0, len(digests), SHA256_BYTES)
+        ]
         self.inode_count: Final[int] = inodes
         self.total_bytes: Final[int] = total_bytes
         if not stat.S_ISDIR(self._mode[0]):
@@ -142,9 +133,10 @@ class TreeFile:
         )
 
     def lookup(self, parent: int, name: bytes) -> int:
-        """The inode called `name` in the directory `parent`; 0 if there is none, or `parent` is no directory."""
+        """The inode called `name` in `parent`; 0 if there is none, or `parent` is no directory."""
         low, high = self._children(parent)
-        # Eight bytes of each name are a column of numbers, searched in C; only names that share them are compared here.
+        # Eight bytes of each name are a column of numbers, searched in C; only names that share them are
+        # compared here.
         key = int.from_bytes(name[:PREFIX_BYTES].ljust(PREFIX_BYTES, b"\0"), "big")
         prefix = self._prefix
         low = bisect_left(prefix, key, low, high)
@@ -166,11 +158,11 @@ class TreeFile:
         return self._checked(self._child[low])
 
     def parent(self, ino: int) -> int:
-        """The directory that holds this inode (one of them for a hard-linked file); the root's is the root."""
+        """The directory that holds this inode (one of them if it has several names); the root's is the root."""
         return self._checked(self._parent[self._row(ino)])
 
     def entries(self, ino: int, start: int = 0) -> Iterator[tuple[bytes, int, int]]:
-        """The names of a directory from position `start`: (name, inode, position of the next). Without `.` and `..`."""
+        """A directory's names from position `start`: (name, inode, next position). No `.` and `..`."""
         low, high = self._children(ino)
         offsets, names, child = self._name_start, self._names, self._child
         for n in range(low + max(start, 0), high):
@@ -190,11 +182,11 @@ class TreeFile:
             return {}
         found: dict[bytes, bytes] = {}
         at -= 1
-        (count,) = _TEXT_COUNT.unpack(self._text(at, _TEXT_COUNT.size))
-        at += _TEXT_COUNT.size
+        (count,) = XATTR_COUNT.unpack(self._text(at, XATTR_COUNT.size))
+        at += XATTR_COUNT.size
         for _ in range(count):
-            name_bytes, value_bytes = _TEXT_LENGTHS.unpack(self._text(at, _TEXT_LENGTHS.size))
-            at += _TEXT_LENGTHS.size
+            name_bytes, value_bytes = XATTR_LENGTHS.unpack(self._text(at, XATTR_LENGTHS.size))
+            at += XATTR_LENGTHS.size
             name = self._text(at, name_bytes)
             found[name] = self._text(at + name_bytes, value_bytes)
             at += name_bytes + value_bytes
@@ -211,7 +203,7 @@ class TreeFile:
         return Extent(segment, self._where[n], self._first_chunk[n], self._count[n])
 
     def walk(self, path: bytes, follow: bool = True) -> int:
-        """The inode of a path inside the tree; symlinks, also absolute ones and those above the root, stay inside.
+        """The inode of a path inside the tree; symlinks, also absolute ones and `..`, stay inside.
 
         `follow` says whether a symlink at the very end is followed too. Raises ImageNotFound.
         """
@@ -229,7 +221,7 @@ class TreeFile:
             ino = self.lookup(stack[-1], name)
             if not ino:
                 raise ImageNotFound(f"{_shown(path)}: no such file or directory in the image")
-            if stat.S_ISLNK(self._mode[ino - 1]) and (follow or any(todo)):
+            if stat.S_ISLNK(self._mode[ino - 1]) and (follow or todo):
                 links += 1
                 if links > SYMLINKS_MAX:
                     raise ImageNotFound(f"{_shown(path)}: more than {SYMLINKS_MAX} symlinks on the way")
@@ -250,7 +242,9 @@ class TreeFile:
 
     def _checked(self, ino: int) -> int:
         if not 1 <= ino <= self.inode_count:
-            raise StateError(f"tree file is damaged: it refers to inode {ino} of {self.inode_count}", hint=_REBUILD)
+            raise StateError(
+                f"tree file is damaged: it refers to inode {ino} of {self.inode_count}", hint=_REBUILD
+            )
         return ino
 
     def _children(self, ino: int) -> tuple[int, int]:
