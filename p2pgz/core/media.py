@@ -197,7 +197,7 @@ def parse_config(data: bytes, layer_count: int, *, os: str = "linux", where: str
         os=found_os,
         architecture=_text(document, "architecture", where),
         variant=_text(document, "variant", where),
-        config=_object(document.get("config") or {}, f"{where}: config"),
+        config=_object(_optional(document, "config", {}), f"{where}: config"),
         history=tuple(_list(document, "history", _object, where))
         if document.get("history") is not None
         else (),
@@ -276,7 +276,7 @@ def _parse_descriptor(value: Any, where: str) -> Descriptor:
     size = _required(document, "size", where)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_SIZE_BYTES:
         raise ImageInvalid(f"{where}: size is {_short(size)}, not a number of bytes")
-    urls = document.get("urls") or []
+    urls = _optional(document, "urls", [])
     if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
         raise ImageInvalid(f"{where}: urls is not a list of texts")
     return Descriptor(
@@ -317,7 +317,7 @@ def _parse_platform(document: dict[str, Any], where: str) -> Platform | None:
 
 
 def _annotations(document: dict[str, Any], where: str) -> dict[str, str]:
-    found = _object(document.get("annotations") or {}, f"{where}: annotations")
+    found = _object(_optional(document, "annotations", {}), f"{where}: annotations")
     for key, value in found.items():
         if not isinstance(value, str):
             raise ImageInvalid(f"{where}: annotation {key[:100]!r} is {_short(value)}, not a text")
@@ -334,6 +334,12 @@ def _required(document: dict[str, Any], key: str, where: str) -> Any:
     if document.get(key) is None:
         raise ImageInvalid(f"{where}: {key} is missing")
     return document[key]
+
+
+def _optional(document: dict[str, Any], key: str, absent: Any) -> Any:
+    """The value, or `absent` when the key is missing or null (Go's writers leave null for empty lists and maps)."""
+    value = document.get(key)
+    return absent if value is None else value
 
 
 def _text(document: dict[str, Any], key: str, where: str) -> str:

@@ -102,13 +102,13 @@ def _parse_named(text: str) -> Reference:
     name, digest = _split_digest(text)
     # a colon after the last slash begins a tag, unless the whole is only a host with a port, which names
     # nothing
-    head, _, last = name.rpartition("/")
-    last, colon, tag = last.partition(":")
-    name = f"{head}/{last}" if head else last
+    after_slash = name.rfind("/") + 1
+    last, colon, tag = name[after_slash:].partition(":")
+    name = name[:after_slash] + last
     if colon and not _TAG.fullmatch(tag):
         raise UsageError(f"{_shown(text)}: {_shown(tag)} cannot be a tag", hint=_TAG_HINT)
     first, slash, rest = name.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost" or first.lower() != first):
+    if slash and ("." in first or ":" in first or first == "localhost"):
         host, repository = first.lower(), rest
     else:
         host, repository = DEFAULT_HOST, name
