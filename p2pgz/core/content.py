@@ -32,7 +32,7 @@ SharedFiles = Callable[[list[bytes]], dict[bytes, FileRef]]
 
 
 def content_key(chunks: Sequence[Chunk]) -> bytes:
-    """The key (32 bytes) of a file: its only chunk's digest, else one over the sizes and digests of its chunks.
+    """The key (32 bytes) of a file: its only chunk's digest, else one over its chunks' sizes and digests.
 
     The sizes are in it because the same bytes cut elsewhere are other chunks, which another segment's table
     could not serve.
