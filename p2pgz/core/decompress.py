@@ -26,7 +26,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # after a first byte of 0x50..0x5f
 _MAGIC_BYTES = 4
 _GZIP_WBITS = 31
-_GZIP_ERRORS: tuple[type[Exception], ...] = (isal_zlib.error, ValueError)
+_GZIP_ERRORS: tuple[type[Exception], ...] = (isal_zlib.error, ValueError)  # type: ignore[assignment]  # its stub errs
 _BLOCK_MAX_BYTES = 128 << 10  # RFC 8878 3.1.1.2.4: no zstd block decompresses to more
 _BLOCK_RAW, _BLOCK_RLE = 0, 1
 
