@@ -1,0 +1,373 @@
+"""The node's side of the `fs` processes: starts one per mount and answers what it asks for.
+
+Called by `mounts`. `FsHost.open()` owns the zygote and all sessions' tasks; leaving it closes every connection but ends no
+mount: present bytes go on being served, and a later node takes over with `reattach`. This side never touches /dev/fuse and
+never reads a mount.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from secrets import token_hex
+from typing import Final
+
+import msgspec
+import structlog
+import trio
+
+from p2pgz.errors import MountUnavailable, P2pgzError, StateError
+from p2pgz.mount import relink, setup
+from p2pgz.mount.channel import (
+    DATAGRAM_BYTES,
+    RECORDS_PER_DATAGRAM,
+    Kind,
+    Record,
+    decode,
+    encode,
+)
+from p2pgz.mount.setup import Failed, Ready, SegmentFiles, SessionOptions
+from p2pgz.mount.spawner import Spawner
+
+__all__ = ["FsHost", "FsSession", "FsStats", "SegmentFiles", "SessionOptions"]
+
+log = structlog.get_logger("mount")
+
+START_SECONDS: Final = (
+    20.0  # a start takes milliseconds; a loaded machine imports pyfuse3 and trio for seconds
+)
+PING_SECONDS: Final = 1.0
+SILENT_SECONDS: Final = 10.0  # design, section 2: then something is wrong with the process
+EXIT_NOTICE_SECONDS: Final = 2.0
+# Each is a task of ours. An `fs` has at most 2000 handlers, a handler some dozen missing chunks
+MAX_UNANSWERED: Final = 65_536
+ERRNO_MAX: Final = 4095  # the kernel's MAX_ERRNO
+EIO: Final = 5
+
+Ensure = Callable[[int, int, int, int], Awaitable[None]]
+"""`ensure(segment_index, first_chunk, count, priority)`: return when they are present; raises P2pgzError"""
+Observe = Callable[[int, int, int, int], None]
+"""`observe(ino, segment_index, first_chunk, count)`: a file was read for the first time"""
+
+
+@dataclass(slots=True)
+class FsStats:
+    """What happened on one session's channel."""
+
+    requests: int = 0
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    garbage: int = 0
+    """records that made no sense, and were ignored"""
+    unanswered_in_fs: int = 0
+    """requests without an answer, as of the last pong"""
+
+
+class FsSession:
+    """One `fs` process. Made by `FsHost`; its tasks run in the host's nursery."""
+
+    def __init__(
+        self, connection: socket.socket, options: SessionOptions, ensure: Ensure, observe: Observe | None
+    ) -> None:
+        self.options = options
+        self.pid = 0
+        self.device = 0
+        """st_dev of the mount"""
+        self.exit_status: int | None = None
+        """wait status of the process, when its end was reported"""
+        self.stats = FsStats()
+        self._mount_fd = -1
+        self._socket = connection
+        self._ensure = ensure
+        self._observe = observe
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._pings: dict[int, trio.Event] = {}
+        self._ping_ids = count(1)
+        self._outbox: list[Record] = []
+        self._clogged = trio.Event()
+        self._heard_at = trio.current_time()
+        self._exited = trio.Event()
+        self._closed = trio.Event()
+
+    @property
+    def mount_fd(self) -> int:
+        """The detached mount, still ours; -1 when it was handed over, or was attached by `fs` itself (not root)."""
+        return self._mount_fd
+
+    def take_mount_fd(self) -> int:
+        """The detached mount's descriptor; the caller closes it after attaching or sending it."""
+        if self._mount_fd < 0:
+            raise MountUnavailable("this mount has no descriptor to hand over", hint="it is attached already")
+        fd, self._mount_fd = self._mount_fd, -1
+        return fd
+
+    def drop_mount_fd(self) -> None:
+        """Close the descriptor if nobody took it; a mount that was never attached ends with it."""
+        if self._mount_fd >= 0:
+            os.close(self.take_mount_fd())
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing was heard; it answers a ping each second."""
+        return trio.current_time() - self._heard_at
+
+    async def wait_closed(self) -> None:
+        """Return when the process has ended: after the last unmount, or when it was killed."""
+        await self._closed.wait()
+
+    async def ping(self) -> None:
+        """Return when the process has answered; the caller sets a time limit."""
+        number, event = next(self._ping_ids), trio.Event()
+        self._pings[number] = event
+        try:
+            self._send(Record(Kind.PING, id=number))
+            await event.wait()
+        finally:
+            self._pings.pop(number, None)
+
+    def set_read_ahead(self, kilobytes: int) -> None:
+        """Change the kernel's read-ahead: more once the image is complete (`setup.READ_AHEAD_COMPLETE_KB`)."""
+        self._send(Record(Kind.READ_AHEAD, amount=kilobytes))
+
+    async def run(self) -> None:
+        """Serve the channel until the other side ends it. For the host."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._ping_for_ever)
+                nursery.start_soon(self._unclog)
+                await self._receive(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+            self.drop_mount_fd()
+        if self.exit_status is None:
+            with trio.move_on_after(EXIT_NOTICE_SECONDS if self._expects_exit else 0):
+                await self._exited.wait()
+        self._closed.set()
+
+    _expects_exit = False
+
+    def expect_exit(self) -> None:
+        """The zygote is the parent of this process and will report its end."""
+        self._expects_exit = True
+
+    def exited(self, status: int) -> None:
+        """The process is gone."""
+        self.exit_status = status
+        self._exited.set()
+
+    async def _receive(self, nursery: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                datagram = self._socket.recv(DATAGRAM_BYTES + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not datagram:
+                return
+            self._heard_at = trio.current_time()
+            records, unknown = decode(datagram)
+            self.stats.garbage += unknown
+            for record in records:
+                self._take(record, nursery)
+
+    def _take(self, record: Record, nursery: trio.Nursery) -> None:
+        match record.kind:
+            case Kind.REQUEST if self._is_sound(record):
+                self.stats.requests += 1
+                scope = trio.CancelScope()
+                self._scopes[record.id] = scope
+                nursery.start_soon(self._answer, record, scope)
+            case Kind.CANCEL:
+                waiting = self._scopes.get(record.id)
+                if waiting is not None:  # else its answer is on the way already
+                    self.stats.cancelled += 1
+                    waiting.cancel()
+            case Kind.PONG:
+                self.stats.unanswered_in_fs = record.amount
+                event = self._pings.get(record.id)
+                if event is not None:
+                    event.set()
+            case Kind.HELLO:
+                pass
+            case Kind.OBSERVED if record.segment < len(self.options.segments):
+                if self._observe is not None:
+                    self._observe(record.id, record.segment, record.first, record.amount)
+            case _:
+                self.stats.garbage += 1
+
+    def _is_sound(self, record: Record) -> bool:
+        segments = self.options.segments
+        return (
+            record.segment < len(segments)
+            and record.amount > 0
+            and record.first + record.amount <= segments[record.segment].presence_count
+            and record.id not in self._scopes
+            and len(self._scopes) < MAX_UNANSWERED
+        )
+
+    async def _answer(self, record: Record, scope: trio.CancelScope) -> None:
+        code = 0
+        with scope:
+            try:
+                await self._ensure(record.segment, record.first, record.amount, record.priority)
+            except P2pgzError as error:
+                code = error.errno_value
+            except Exception:
+                log.exception("mount.ensure_failed", source=self.options.source_name)
+                code = EIO
+        del self._scopes[record.id]
+        if scope.cancelled_caught:
+            return
+        if code:
+            self.stats.failed += 1
+            code = code if 0 < code <= ERRNO_MAX else EIO
+        else:
+            self.stats.answered += 1
+        self._send(Record(Kind.REPLY, errno=code, id=record.id))
+
+    def _send(self, record: Record) -> None:
+        self._outbox.append(record)
+        if not self._clogged.is_set():
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            batch = self._outbox[:RECORDS_PER_DATAGRAM]
+            try:
+                self._socket.send(encode(batch), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._clogged.set()
+                return
+            except OSError:
+                self._outbox.clear()  # the other side is gone; `_receive` notices
+                return
+            del self._outbox[: len(batch)]
+
+    async def _unclog(self) -> None:
+        while True:
+            await self._clogged.wait()
+            await trio.lowlevel.wait_writable(self._socket)
+            self._clogged = trio.Event()
+            self._flush()
+
+    async def _ping_for_ever(self) -> None:
+        silent = False
+        while True:
+            await trio.sleep(PING_SECONDS)
+            self._send(Record(Kind.PING))
+            if self.silent_seconds > SILENT_SECONDS and not silent:
+                log.warning("fs.silent", pid=self.pid, source=self.options.source_name)
+            silent = self.silent_seconds > SILENT_SECONDS
+
+
+class FsHost:
+    """All `fs` processes of a node. Made by `FsHost.open()`."""
+
+    def __init__(self, nursery: trio.Nursery, run_path: Path | None) -> None:
+        self._nursery = nursery
+        self._run_path = run_path
+        self._spawner = Spawner(nursery, self._note_exit)
+        self._by_pid: dict[int, FsSession] = {}
+        self._early_exits: dict[int, int] = {}  # ended before their session knew its pid
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, run_path: Path | None = None) -> AsyncIterator[FsHost]:
+        """A host that keeps the sockets for a later node in `run_path`. Its zygote starts with the first session."""
+        async with trio.open_nursery() as nursery:
+            host = cls(nursery, run_path)
+            try:
+                yield host
+            finally:
+                host._spawner.stop()
+                nursery.cancel_scope.cancel()
+
+    async def start_session(
+        self, options: SessionOptions, ensure: Ensure, observe: Observe | None = None
+    ) -> FsSession:
+        """Serve an image. As root the mount is detached: take its descriptor from the session and attach it.
+
+        Raises MountUnavailable or StateError; then no process and no mount is left.
+        """
+        if self._run_path is not None and not options.socket_path:
+            options = msgspec.structs.replace(options, socket_path=self._run_path / f"fs-{token_hex(8)}.sock")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                await self._spawner.fork(theirs)
+            try:
+                with trio.fail_after(START_SECONDS):
+                    ready, mount_fd = await self._set_up(ours, options)
+            except trio.TooSlowError:
+                raise MountUnavailable(
+                    f"the file system process was not ready in {START_SECONDS:.0f} s"
+                ) from None
+            session = FsSession(ours, options, ensure, observe)
+        except BaseException:
+            ours.close()
+            raise
+        session._mount_fd = mount_fd
+        session.pid, session.device = ready.pid, ready.device
+        session.expect_exit()
+        self._by_pid[ready.pid] = session
+        if ready.pid in self._early_exits:
+            session.exited(self._early_exits.pop(ready.pid))
+        self._nursery.start_soon(self._live, session)
+        return session
+
+    async def reattach(
+        self, socket_path: Path, adopt: relink.Adopt, ensure: Ensure, observe: Observe | None = None
+    ) -> FsSession:
+        """Take over a file system process of an earlier node. `adopt` is told what it serves, and returns its segments
+        as this node has them (same order); after that `ensure` hears every request that is without an answer."""
+        connection, options = await relink.connect(socket_path, adopt)
+        session = FsSession(connection, options, ensure, observe)
+        self._nursery.start_soon(self._live, session)
+        return session
+
+    def orphans(self) -> list[Path]:
+        """Sockets in the run directory: one per file system process, dead ones too."""
+        return sorted(self._run_path.glob(relink.SOCKET_PATTERN)) if self._run_path is not None else []
+
+    def _note_exit(self, pid: int, status: int) -> None:
+        session = self._by_pid.get(pid)
+        if session is not None:
+            session.exited(status)
+        else:
+            self._early_exits[pid] = status
+
+    async def _live(self, session: FsSession) -> None:
+        try:
+            await session.run()
+        finally:
+            self._by_pid.pop(session.pid, None)
+
+    @staticmethod
+    async def _set_up(connection: socket.socket, options: SessionOptions) -> tuple[Ready, int]:
+        connection.setblocking(False)
+        with trio.socket.from_stdlib_socket(connection.dup()) as channel:
+            try:
+                for datagram, fds in setup.encode_session(options, with_fds=True):
+                    await relink.send(channel, datagram, fds)
+                message, fds = await relink.receive(channel)
+            except (OSError, StateError) as error:
+                raise MountUnavailable(
+                    f"the file system process ended before it was ready: {error}", hint="its log says why"
+                ) from error
+        if isinstance(message, Failed):
+            setup.close_all(fds)
+            raise setup.to_error(message)
+        if not isinstance(message, Ready) or len(fds) > 1:
+            setup.close_all(fds)
+            raise MountUnavailable("the file system process gave an answer that is not understood")
+        return message, fds[0] if fds else -1
