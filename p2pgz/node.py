@@ -20,13 +20,14 @@ import trio
 from p2pgz import __version__
 from p2pgz.config import Config
 from p2pgz.core.digest import Digest
+from p2pgz.core.platform import Platform
+from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference, parse_reference
-from p2pgz.core.schedule import Priority
 from p2pgz.errors import ConfigError, ImageNotFound, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
-from p2pgz.image.open import ImageOpener, OpenImage, Source
+from p2pgz.image.open import ImageOpener, OpenImage
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountOptions, Mounts
 from p2pgz.mount.session import FsHost
@@ -62,6 +63,7 @@ class Node:
         self._opener = opener
         self.mounts = mounts
         self._sources = sources
+        self._platform = Platform.for_machine(os.uname().machine)
         self._started = time.monotonic()
         self.busy = 0
         """requests in progress that keep an ephemeral node alive"""
@@ -147,18 +149,14 @@ class Node:
         """The bytes of one file."""
         async with self._in_use():
             image = await self._open(request, _silent)
-            pieces = files.read_path(image, self._fetcher, os.fsencode(request.path), priority=Priority.BLOCKED_READ)
-            async for piece in pieces:
+            async for piece in files.read_path(image, self._fetcher, os.fsencode(request.path)):
                 yield piece
 
     async def read_digest(self, request: GetRequest) -> AsyncIterator[bytes]:
         """A chunk, TOC, manifest or config that is here, or can be fetched because its image is known here."""
         digest = Digest.parse(request.digest)
         async with self._in_use():
-            data = await files.read_digest(self._pool, self._fetcher, digest)
-            if data is None:
-                raise ImageNotFound(f"{digest}: not in this pool", hint="mount or `p2pgz ls` an image that has it")
-            yield data
+            yield await files.read_digest(self._pool, self._fetcher, digest)
 
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]:
         """Hash everything of an image again."""
@@ -175,7 +173,7 @@ class Node:
         return await self._opener.open(
             reference,
             source,
-            platform=request.platform,
+            platform=Platform.parse(request.platform) if request.platform else self._platform,
             allow_unverified_toc=request.allow_unverified_toc,
             progress=progress,
         )
@@ -206,9 +204,9 @@ class Sources:
     def __init__(self, config: Config, stack: AsyncExitStack) -> None:
         self._config = config
         self._stack = stack
-        self._open: dict[tuple[object, ...], Source] = {}
+        self._open: dict[tuple[object, ...], ImageSource] = {}
 
-    async def get(self, reference: Reference, request: MountRequest) -> Source:
+    async def get(self, reference: Reference, request: MountRequest) -> ImageSource:
         """A source for the reference as the request wants to reach it."""
         registry = self._config.registry
         options = RegistryOptions(

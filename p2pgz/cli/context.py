@@ -59,7 +59,13 @@ class Settings:
 
 def print_json(value: object) -> None:
     """One document on standard output."""
-    click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+    indent = 2 if sys.stdout.isatty() else None
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name in an image that is not UTF-8: keep it as an escaped surrogate
+        text = json.dumps(value, indent=indent)
+    click.echo(text)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

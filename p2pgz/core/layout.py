@@ -190,6 +190,14 @@ class SegmentTable:
             raise IndexError(f"chunk {n} of {self.chunk_count}")
         return bytes(self._digests[n * SHA256_BYTES : (n + 1) * SHA256_BYTES])
 
+    def find(self, digest: bytes) -> int | None:
+        """The first chunk with this digest (32 raw bytes); a scan, for people's questions rather than reads."""
+        raw = bytes(self._digests)
+        at = raw.find(digest)
+        while at >= 0 and at % SHA256_BYTES:
+            at = raw.find(digest, at + 1)
+        return at // SHA256_BYTES if at >= 0 else None
+
     def pieces(self, n: int) -> tuple[Piece, ...]:
         """The runs of chunk n in the blob, in file order; none for a chunk of zeros."""
         if self.kind[n] == ChunkKind.ZEROS:

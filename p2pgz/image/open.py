@@ -1,18 +1,18 @@
 """From a reference to a merged tree: manifest → layers → TOCs → tree file. All layers of an image are opened in parallel.
 
-Documents are kept by digest in the pool, and the finished tree under the manifest's digest: an image that is known here is
-opened again without a request (but for the tag) and without parsing.
+Called by the node for every command about an image. Documents are kept by digest in the pool and the finished tree under
+the manifest's digest, so an image that is known here is opened again without parsing, and without a request but for the
+tag. Nothing of an image that cannot be opened whole is left behind except verified documents and chunks.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import platform as host_platform
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -20,21 +20,299 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.media import (
+    MAX_INDEX_DEPTH,
     Descriptor,
     ImageConfig,
     Index,
     Manifest,
-    Platform,
     parse_config,
     parse_manifest_or_index,
     select_platform,
 )
+from p2pgz.core.platform import Platform
 from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference
-from p2pgz.errors import ImageInvalid, StateError
+from p2pgz.errors import ImageInvalid, PoolFull, SourceUnavailable, StateError
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
-from p2pgz.image.layers import LayerOpener, OpenLayer
+from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer
 from p2pgz.image.merge import LayerInput, merge_layers
-from p2pgz.image.treefile import TreeFile, build_tree
-from p2pgz.pool.pool import Pool, Segment
+from p2pgz.image.treebuild import build_tree
+from p2pgz.image.treefile import TreeFile
+from p2pgz.pool.disk import write_durably
+from p2pgz.pool.pool import Pool
+from p2pgz.pool.segment import Segment
+
+log = structlog.get_logger(logger="image")
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+# Layers opened at a time: each is one request of up to some hundred KiB
+LAYERS_AT_A_TIME: Final = 16
+# Documents and TOCs; a registry that is silent longer than this is down for us. Plain layers have no deadline but stalls.
+OPEN_SECONDS: Final = 120.0
+TREES: Final = "trees"
+
+
+class ImageRecord(msgspec.Struct, frozen=True):
+    """What the tree file remembers about its image, as JSON in its `info`."""
+
+    layers: list[LayerRecord]
+    warnings: list[str]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class OpenImage:
+    """An image that can be mounted and read: its tree, and the segments that the tree refers to, in its order."""
+
+    reference: str
+    digest: Digest
+    tree: TreeFile
+    tree_path: Path
+    segments: list[Segment]
+    prefetch: list[tuple[Segment, int]] = field(default_factory=list)
+    """segments whose author recorded start-up files, and the blob offset where those end"""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Uncompressed bytes of all chunks."""
+        return sum(segment.bytes_of(range(segment.table.chunk_count)) for segment in self.segments)
+
+    @property
+    def present_bytes(self) -> int:
+        """How many of them are here."""
+        count = 0
+        for segment in self.segments:
+            has = segment.presence.has
+            count += segment.bytes_of([n for n in range(segment.table.chunk_count) if has(n)])
+        return count
+
+
+class ImageOpener:
+    """Opens images; keeps the open ones, since mounts of one image share their tree."""
+
+    def __init__(self, pool: Pool, fetcher: ChunkFetcher, state_path: Path) -> None:
+        self._pool = pool
+        self._fetcher = fetcher
+        self._trees = state_path / TREES
+        self._layers = LayerOpener(pool, state_path)
+        self._open: dict[Digest, OpenImage] = {}
+        self._opening: dict[Digest, trio.Lock] = {}
+
+    async def open(
+        self,
+        reference: Reference,
+        source: ImageSource,
+        *,
+        platform: Platform,
+        allow_unverified_toc: bool,
+        progress: Progress,
+    ) -> OpenImage:
+        """Open an image by reference; raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable."""
+        try:
+            with trio.fail_after(OPEN_SECONDS):
+                manifest = await self._manifest(reference, source, platform)
+        except trio.TooSlowError:
+            raise SourceUnavailable(f"{source.name}: no answer within {OPEN_SECONDS:g} s") from None
+        lock = self._opening.setdefault(manifest.digest, trio.Lock())
+        async with lock:
+            image = await self._known(reference, source, manifest, allow_unverified_toc)
+            if image is None:
+                image = await self._unknown(reference, source, manifest, allow_unverified_toc, progress)
+        return image
+
+    async def _manifest(self, reference: Reference, source: ImageSource, platform: Platform) -> Manifest:
+        descriptor = await source.resolve(reference)
+        for _ in range(MAX_INDEX_DEPTH + 1):
+            document = await self._document(source, descriptor)
+            parsed = parse_manifest_or_index(document, descriptor.media_type, where=str(reference))
+            if isinstance(parsed, Manifest):
+                return parsed
+            assert isinstance(parsed, Index)
+            descriptor = select_platform(parsed, platform, where=str(reference))
+        raise ImageInvalid(f"{reference}: indexes inside indexes, more than {MAX_INDEX_DEPTH} deep")
+
+    async def _document(self, source: ImageSource, descriptor: Descriptor) -> bytes:
+        """A document from the pool, or from the source and then kept."""
+        kept = self._pool.get_object(descriptor.digest)
+        if kept is not None and len(kept) == descriptor.size:
+            return kept
+        document = await source.document(descriptor)
+        try:
+            await self._pool.put_object(descriptor.digest, document)
+        except PoolFull as error:
+            log.warning("document.not_kept", digest=str(descriptor.digest), reason=error.what)
+        return document
+
+    async def _known(
+        self, reference: Reference, source: ImageSource, manifest: Manifest, allow_unverified_toc: bool
+    ) -> OpenImage | None:
+        """The image as it was opened before, if all of it is still here."""
+        path = self._tree_path(manifest.digest)
+        try:
+            tree = _map_tree(path)
+            record = msgspec.json.decode(tree.info, type=ImageRecord)
+            if any(layer.unverified for layer in record.layers) and not allow_unverified_toc:
+                return None
+            segments = [await self._pool.reopen_segment(digest) for digest in tree.segments]
+        except FileNotFoundError:
+            return None
+        except (StateError, OSError, msgspec.MsgspecError) as error:
+            log.warning("tree.unusable", path=str(path), reason=str(error))
+            return None
+        blobs = {layer.digest: layer for layer in manifest.layers}
+        for layer in record.layers:
+            descriptor = blobs.get(Digest.parse(layer.blob))
+            if descriptor is None:
+                return None
+            self._add_origin(await self._pool.reopen_segment(Digest.parse(layer.segment)), source, descriptor, layer)
+        return self._finish(reference, manifest, tree, path, segments, record)
+
+    async def _unknown(
+        self,
+        reference: Reference,
+        source: ImageSource,
+        manifest: Manifest,
+        allow_unverified_toc: bool,
+        progress: Progress,
+    ) -> OpenImage:
+        layers = await self._open_layers(reference, source, manifest, allow_unverified_toc, progress)
+        inputs = [LayerInput(layer.toc, layer.layout.extents, layer.segment.id) for layer in layers]
+        path = self._tree_path(manifest.digest)
+
+        def build() -> tuple[bytes, list[str]]:
+            merged = merge_layers(inputs)
+            warnings = [text for layer in layers for text in layer.toc.warnings] + merged.warnings
+            record = ImageRecord([layer.record for layer in layers], warnings)
+            info = msgspec.json.encode(record)
+            return build_tree(merged, shared_files=self._pool.shared_files, info=info), warnings
+
+        data, warnings = await trio.to_thread.run_sync(build)
+        await trio.to_thread.run_sync(_write_tree, path, data)
+        for text in warnings:
+            log.warning("image.warning", reference=str(reference), text=text)
+        tree = _map_tree(path)
+        for layer, descriptor in zip(layers, manifest.layers, strict=True):
+            self._add_origin(layer.segment, source, descriptor, layer.record)
+        segments = [await self._pool.reopen_segment(digest) for digest in tree.segments]
+        return self._finish(
+            reference, manifest, tree, path, segments, ImageRecord([layer.record for layer in layers], warnings)
+        )
+
+    async def _open_layers(
+        self,
+        reference: Reference,
+        source: ImageSource,
+        manifest: Manifest,
+        allow_unverified_toc: bool,
+        progress: Progress,
+    ) -> list[OpenLayer]:
+        """All layers at once; the same layer listed twice is opened once."""
+        opened: dict[Digest, OpenLayer] = {}
+        limit = trio.CapacityLimiter(LAYERS_AT_A_TIME)
+        config = _LazyConfig(self, source, manifest)
+
+        async def one(number: int, descriptor: Descriptor) -> None:
+            async with limit:
+                opened[descriptor.digest] = await self._layers.open(
+                    reference,
+                    source,
+                    descriptor,
+                    diff_id=lambda: config.diff_id(number),
+                    allow_unverified_toc=allow_unverified_toc,
+                    progress=progress,
+                )
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(config.load)
+                seen: set[Digest] = set()
+                for number, descriptor in enumerate(manifest.layers):
+                    if descriptor.digest not in seen:
+                        seen.add(descriptor.digest)
+                        nursery.start_soon(one, number, descriptor)
+        except BaseExceptionGroup as group:
+            raise _first_error(group) from group
+        return [opened[descriptor.digest] for descriptor in manifest.layers]
+
+    def _add_origin(self, segment: Segment, source: ImageSource, descriptor: Descriptor, record: LayerRecord) -> None:
+        self._fetcher.add_origin(
+            Origin(segment=segment, source=source, descriptor=descriptor, streamed=record.streamed)
+        )
+
+    def _finish(
+        self,
+        reference: Reference,
+        manifest: Manifest,
+        tree: TreeFile,
+        path: Path,
+        segments: list[Segment],
+        record: ImageRecord,
+    ) -> OpenImage:
+        by_id = {str(segment.id): segment for segment in segments}
+        return OpenImage(
+            reference=str(reference),
+            digest=manifest.digest,
+            tree=tree,
+            tree_path=path,
+            segments=segments,
+            prefetch=[
+                (by_id[layer.segment], layer.prefetch_end)
+                for layer in record.layers
+                if layer.prefetch_end and layer.segment in by_id
+            ],
+            warnings=record.warnings,
+        )
+
+    def _tree_path(self, manifest: Digest) -> Path:
+        return self._trees / f"{manifest.hex}.tree"
+
+
+class _LazyConfig:
+    """The image's config, fetched beside the layers: plain layers need their diff ids, and its errors are the image's."""
+
+    def __init__(self, opener: ImageOpener, source: ImageSource, manifest: Manifest) -> None:
+        self._opener = opener
+        self._source = source
+        self._manifest = manifest
+        self._config: ImageConfig | None = None
+        self._loaded = trio.Event()
+
+    async def load(self) -> None:
+        document = await self._opener._document(self._source, self._manifest.config)  # noqa: SLF001  # same module
+        self._config = parse_config(document, len(self._manifest.layers), where=f"config {self._manifest.config.digest}")
+        self._loaded.set()
+
+    async def diff_id(self, number: int) -> Digest:
+        """The diff id of a layer; when loading fails the nursery of both cancels this wait."""
+        await self._loaded.wait()
+        assert self._config is not None
+        return self._config.diff_ids[number]
+
+
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Several layers may fail at once; the user needs the first cause, the group stays its `__cause__`."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return _first_error(error)
+        return error
+    return group
+
+
+def _write_tree(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_durably(path, data)
+    except OSError as error:
+        raise PoolFull(f"{path}: {error.strerror}", hint="free some space in the state directory") from error
+
+
+def _map_tree(path: Path) -> TreeFile:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not os.fstat(descriptor).st_size:
+            raise StateError(f"{path} is empty", hint="it is made again")
+        return TreeFile(mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ))
+    finally:
+        os.close(descriptor)

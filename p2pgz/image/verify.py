@@ -48,7 +48,14 @@ async def verify_image(
             right_chunks += len(right)
             right_bytes += sum(segment.table.size[n] for n in right)
             done = right_chunks + missing_chunks + len(wrong)
-            await progress({"event": "progress", "text": f"verified {done} of {total} chunks", "done": done, "total": total})
+            await progress(
+                {
+                    "event": "progress",
+                    "text": f"verified {done} of {total} chunks",
+                    "done": done,
+                    "total": total,
+                }
+            )
     return {
         "reference": image.reference,
         "digest": str(image.digest),
@@ -84,7 +91,7 @@ def _wrong_chunks(segment: Segment, chunks: list[int]) -> list[int]:
     """Hash chunks as the disk has them: runs in a thread."""
     bad = []
     for n in chunks:
-        data = segment.view(segment.table.segment_offset[n], segment.table.size[n])
+        data = segment.view(n)
         try:
             verify(segment.table.digest(n), data, source="pool")
         except P2pgzError:

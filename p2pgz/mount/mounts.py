@@ -94,8 +94,14 @@ class Mounts:
             ),
             ensure,
         )
+        attached = session.mount_fd < 0  # not root: fusermount3 has put it at the directory already
         mounted = Mount(
-            id=secrets.token_hex(8), token=secrets.token_urlsafe(16), image=image, options=options, session=session
+            id=secrets.token_hex(8),
+            token="" if attached else secrets.token_urlsafe(16),
+            image=image,
+            options=options,
+            session=session,
+            claimed=attached,
         )
         self._mounts[mounted.id] = mounted
         self._nursery.start_soon(self._live, mounted)
@@ -152,7 +158,7 @@ class Mounts:
         documents = []
         for mounted in self._mounts.values():
             image = mounted.image
-            present = image.present_bytes()
+            present, total = image.present_bytes, image.chunk_bytes
             documents.append(
                 {
                     "id": mounted.id,
@@ -160,9 +166,9 @@ class Mounts:
                     "digest": str(image.digest),
                     "dir": mounted.options.directory,
                     "mode": "tree",
-                    "bytes": image.chunk_bytes,
+                    "bytes": total,
                     "present_bytes": present,
-                    "state": "complete" if present >= image.chunk_bytes else "lazy",
+                    "state": "complete" if present >= total else "lazy",
                 }
             )
         return documents

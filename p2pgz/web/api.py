@@ -7,10 +7,11 @@ frames of a 4-byte length and bytes, an empty frame, then the same last line.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import structlog
@@ -28,6 +29,9 @@ from starlette.types import Receive, Scope
 from starlette.types import Send as ASGISend
 
 from p2pgz.errors import ConfigError, P2pgzError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 log = structlog.get_logger(logger="control")
 
@@ -85,9 +89,9 @@ class Control(Protocol):
 
     async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
 
-    def read_file(self, request: MountRequest) -> AsyncIterator[bytes]: ...
+    def read_file(self, request: MountRequest) -> AsyncIterator[Buffer]: ...
 
-    def read_digest(self, request: GetRequest) -> AsyncIterator[bytes]: ...
+    def read_digest(self, request: GetRequest) -> AsyncIterator[Buffer]: ...
 
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]: ...
 
@@ -128,6 +132,11 @@ async def _parse(request: Request, shape: type[Any]) -> Any:
         return msgspec.json.decode(body, type=shape)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"the request is not understood: {error}", hint="client and node differ in version?") from error
+
+
+def _line(event: dict[str, Any]) -> bytes:
+    """One line of JSON, pure ASCII: names in images need not be UTF-8, and survive as escaped surrogates."""
+    return json.dumps(event).encode() + b"\n"
 
 
 class _Streamed(Response):
@@ -172,7 +181,7 @@ async def _events(
 ) -> Response:
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         async def event(value: dict[str, Any]) -> None:
-            await body(msgspec.json.encode(value) + b"\n")
+            await body(_line(value))
 
         async def work() -> dict[str, Any]:
             return await call(await _parse(request, shape), event)
@@ -182,16 +191,17 @@ async def _events(
     return _Streamed("application/x-ndjson", write)
 
 
-async def _bytes(call: Callable[[Any], AsyncIterator[bytes]], shape: type[Any], request: Request) -> Response:
+async def _bytes(call: Callable[[Any], AsyncIterator[Buffer]], shape: type[Any], request: Request) -> Response:
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         async def work() -> dict[str, Any]:
             async for piece in call(await _parse(request, shape)):
-                if piece:
-                    await body(struct.pack(">I", len(piece)) + piece)
+                data = bytes(piece)
+                if data:
+                    await body(struct.pack(">I", len(data)) + data)
             return {}
 
         last = await _outcome(work)
-        await body(struct.pack(">I", 0) + msgspec.json.encode(last) + b"\n")
+        await body(struct.pack(">I", 0) + _line(last))
 
     return _Streamed("application/octet-stream", write)
 

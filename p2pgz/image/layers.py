@@ -1,0 +1,256 @@
+"""Opens one layer of an image: its TOC, its segment in the pool, and what is remembered so that it is never asked for twice.
+
+Called by `image.open` for all layers at once. A converted layer costs one request for its tail; one with an external TOC
+three small ones more; a plain layer is read whole (`fetch.plain`). What was learned is kept: the TOC as an object of the
+pool, and a small file `layers/KEY.json` that says which TOC a blob has. The key covers the annotations, because they are
+what vouches for the TOC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import structlog
+import trio
+
+from p2pgz.core import indexdoc
+from p2pgz.core.digest import Digest
+from p2pgz.core.layout import SegmentLayout
+from p2pgz.core.media import Descriptor, Manifest, parse_manifest_or_index
+from p2pgz.core.model import Toc
+from p2pgz.core.ports import ImageSource
+from p2pgz.core.reference import Reference
+from p2pgz.core.tail import NeedExternal, NeedMore, NotLazy, Opened, open_external, open_layer_tail, tail_start
+from p2pgz.core.toc import parse_toc
+from p2pgz.errors import ImageInvalid, ImageNotFound, P2pgzError, PoolFull
+from p2pgz.fetch.plain import stream_layer
+from p2pgz.fetch.stall import watched
+from p2pgz.pool.disk import write_durably
+from p2pgz.pool.pool import Pool, Segment, SegmentMeta
+from p2pgz.pool.segment import SHARED_DOMAIN
+
+log = structlog.get_logger(logger="image")
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+LAYERS: Final = "layers"
+PLAIN: Final = "plain"
+# A TOC image's layer: the gzipped TOC of one layer. The TOC parser's own limits apply to what it inflates to.
+EXTERNAL_TOC_MAX_BYTES: Final = 128 << 20
+# stargz-snapshotter's "external TOC" feature: which layer a TOC image's layer belongs to
+LAYER_DIGEST_ANNOTATION: Final = "containerd.io/snapshot/stargz/layer.digest"
+
+
+class LayerRecord(msgspec.Struct, frozen=True):
+    """What a tree file remembers of each layer."""
+
+    segment: str
+    blob: str
+    streamed: bool
+    unverified: bool
+    prefetch_end: int
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    """What `layers/KEY.json` remembers: enough to parse the kept TOC again."""
+
+    document: str
+    kind: str
+    compression: Literal["gzip", "zstd", "none"]
+    payload_end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLayer:
+    """A layer that can be merged and read."""
+
+    toc: Toc
+    layout: SegmentLayout
+    segment: Segment
+    record: LayerRecord
+
+
+def domain_of(record: LayerRecord) -> str:
+    """The dedup domain of a layer: what nothing vouches for stays by itself, so that it can never stand in for others."""
+    return f"unverified-{record.blob.removeprefix('sha256:')}" if record.unverified else SHARED_DOMAIN
+
+
+class LayerOpener:
+    """Opens layers of any format."""
+
+    def __init__(self, pool: Pool, state_path: Path) -> None:
+        self._pool = pool
+        self._state_path = state_path
+        self._facts = state_path / LAYERS
+
+    async def open(
+        self,
+        reference: Reference,
+        source: ImageSource,
+        descriptor: Descriptor,
+        *,
+        diff_id: Callable[[], Awaitable[Digest]],
+        allow_unverified_toc: bool,
+        progress: Progress,
+    ) -> OpenLayer:
+        """Open one layer; raises ImageInvalid that names it, or what the source raises."""
+        try:
+            known = await self._known(descriptor)
+            if known is not None:
+                return known
+            opened = await self._open_tail(reference, source, descriptor, allow_unverified=allow_unverified_toc)
+            if opened is None:
+                return await self._open_plain(source, descriptor, await diff_id(), progress)
+        except P2pgzError as error:
+            error.what = f"layer {descriptor.digest} of {reference}: {error.what}"
+            raise
+        return await self._keep_lazy(descriptor, opened)
+
+    async def _known(self, descriptor: Descriptor) -> OpenLayer | None:
+        """The layer as it was opened before, from the pool alone."""
+        try:
+            facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
+            data = self._pool.get_object(Digest.parse(facts.document))
+        except (OSError, msgspec.MsgspecError, P2pgzError):
+            return None
+        if data is None:
+            return None
+
+        def parse() -> tuple[Toc, SegmentLayout]:
+            toc = (
+                indexdoc.from_bytes(data).toc
+                if facts.kind == PLAIN
+                else parse_toc(data, kind=facts.kind, payload_end=facts.payload_end, blob_size=descriptor.size)
+            )
+            return toc, SegmentLayout.build(toc, compression=facts.compression)
+
+        toc, layout = await trio.to_thread.run_sync(parse)
+        return await self._finish(descriptor, toc, layout, facts.kind, unverified=False)
+
+    async def _open_tail(
+        self, reference: Reference, source: ImageSource, descriptor: Descriptor, *, allow_unverified: bool
+    ) -> Opened | None:
+        """The layer by its footer; None for a plain one."""
+        size, annotations = descriptor.size, descriptor.annotations
+        start = tail_start(size)
+        while True:
+            tail = await self._fetch(source, descriptor, start, size)
+            answer = await trio.to_thread.run_sync(
+                lambda tail=tail: open_layer_tail(tail, size, annotations, allow_unverified=allow_unverified)
+            )
+            if not isinstance(answer, NeedMore):
+                break
+            if answer.start >= start:
+                raise ImageInvalid("the footer asks for a TOC that is not there")
+            start = answer.start
+        if isinstance(answer, NotLazy):
+            return None
+        if isinstance(answer, NeedExternal):
+            footer = answer.footer
+            blob = await self._external_toc(reference, source, descriptor)
+            return await trio.to_thread.run_sync(
+                lambda: open_external(footer, size, blob, annotations, allow_unverified=allow_unverified)
+            )
+        return answer
+
+    async def _fetch(self, source: ImageSource, descriptor: Descriptor, start: int, end: int) -> bytes:
+        if start >= end:
+            return b""
+        async with watched(source.blob(descriptor, start, end), source.name) as pieces:
+            return b"".join([piece async for piece in pieces])
+
+    async def _external_toc(self, reference: Reference, source: ImageSource, descriptor: Descriptor) -> bytes:
+        """The blob that holds the TOC of a layer: a layer of the image tagged TAG-esgztoc."""
+        if not reference.tag:
+            raise ImageInvalid(
+                "its TOC is in another image, which is named after the tag",
+                hint="mount it by tag, or by tag and digest: NAME:TAG@sha256:…",
+            )
+        toc_reference = reference.with_tag(reference.external_toc_tag)
+        try:
+            found = await source.resolve(toc_reference)
+        except ImageNotFound as error:
+            raise ImageNotFound(
+                f"its TOC is in another image, {toc_reference}, which is not there", hint="push the TOC image beside it"
+            ) from error
+        manifest = parse_manifest_or_index(await source.document(found), found.media_type, where=str(toc_reference))
+        if not isinstance(manifest, Manifest):
+            raise ImageInvalid(f"{toc_reference} is an index, not a manifest of TOCs")
+        for layer in manifest.layers:
+            if layer.annotations.get(LAYER_DIGEST_ANNOTATION) == str(descriptor.digest):
+                if layer.size > EXTERNAL_TOC_MAX_BYTES:
+                    raise ImageInvalid(f"its TOC has {layer.size} bytes, the limit is {EXTERNAL_TOC_MAX_BYTES}")
+                return await source.document(layer)
+        raise ImageNotFound(f"{toc_reference} has no TOC for this layer")
+
+    async def _keep_lazy(self, descriptor: Descriptor, opened: Opened) -> OpenLayer:
+        layout = await trio.to_thread.run_sync(
+            lambda: SegmentLayout.build(opened.toc, compression=opened.compression)
+        )
+        if opened.vouched:
+            facts = _Facts(
+                document=str(opened.toc.digest),
+                kind=opened.footer.kind,
+                compression=opened.compression,
+                payload_end=opened.footer.payload_end,
+            )
+            await self._remember(descriptor, facts, opened.toc.digest, opened.toc_json)
+        return await self._finish(
+            descriptor, opened.toc, layout, opened.footer.kind, unverified=not opened.vouched
+        )
+
+    async def _open_plain(
+        self, source: ImageSource, descriptor: Descriptor, diff_id: Digest, progress: Progress
+    ) -> OpenLayer:
+        log.info("layer.plain", blob=str(descriptor.digest), bytes=descriptor.size, effect="it is read whole")
+        index, layout, _ = await stream_layer(
+            self._pool, source, descriptor, diff_id, self._state_path, progress
+        )
+        data = await trio.to_thread.run_sync(indexdoc.to_bytes, index)
+        document = await trio.to_thread.run_sync(Digest.of, data)
+        facts = _Facts(document=str(document), kind=PLAIN, compression="none", payload_end=descriptor.size)
+        await self._remember(descriptor, facts, document, data)
+        return await self._finish(descriptor, index.toc, layout, PLAIN, unverified=False)
+
+    async def _remember(self, descriptor: Descriptor, facts: _Facts, document: Digest, data: bytes) -> None:
+        """Keep what was learned; a full disk costs the next open its requests, nothing else."""
+        path = self._facts_path(descriptor)
+
+        def write() -> None:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_durably(path, msgspec.json.encode(facts))
+
+        try:
+            await self._pool.put_object(document, data)
+            await trio.to_thread.run_sync(write)
+        except (PoolFull, OSError) as error:
+            log.warning("toc.not_kept", blob=str(descriptor.digest), reason=str(error))
+
+    async def _finish(
+        self, descriptor: Descriptor, toc: Toc, layout: SegmentLayout, kind: str, *, unverified: bool
+    ) -> OpenLayer:
+        record = LayerRecord(
+            segment=str(toc.digest),
+            blob=str(descriptor.digest),
+            streamed=kind == PLAIN,
+            unverified=unverified,
+            prefetch_end=toc.prefetch_end,
+        )
+        meta = SegmentMeta(
+            domain=domain_of(record), blob_digest=descriptor.digest, blob_bytes=descriptor.size, source=kind
+        )
+        segment = await self._pool.open_segment(layout, meta)
+        return OpenLayer(toc=toc, layout=layout, segment=segment, record=record)
+
+    def _facts_path(self, descriptor: Descriptor) -> Path:
+        key = hashlib.sha256(
+            msgspec.json.encode([str(descriptor.digest), descriptor.size, sorted(descriptor.annotations.items())])
+        )
+        return self._facts / f"{key.hexdigest()}.json"
+
+
