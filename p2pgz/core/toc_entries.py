@@ -304,8 +304,8 @@ def _warnings(entries: list[Entry]) -> tuple[str, ...]:
     if not lossy:
         return ()
     return (
-        f"{len(lossy)} names are not what the image's author wrote: the TOC's writer replaced bytes that are not"
-        f" UTF-8, for example in {_text(lossy[0])}",
+        f"{len(lossy)} names hold U+FFFD, which TOC writers put in place of bytes that are not UTF-8, so they may not be"
+        f" what the image's author wrote: {_text(lossy[0])}",
     )
 
 
