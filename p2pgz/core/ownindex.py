@@ -154,8 +154,8 @@ class PlainIndexer:
                     zeros_digest(taken),
                     self._filled,
                     taken,
-                    self._position,
-                    self._position,
+                    0,
+                    0,
                     0,
                     ChunkKind.ZEROS,
                 )
