@@ -7,6 +7,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo test unit lint format coverage wheel-test lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
+FAST = tests/unit $(wildcard tests/property)
 
 help:
 	@sed -n 's/^# make /make /p' Makefile; echo 'make setup | unit | format | changelog'
@@ -23,7 +24,7 @@ test:
 
 unit:
 	@.ci/setup test
-	$(PYTEST) tests/unit tests/property $(ARGS)
+	$(PYTEST) $(FAST) $(ARGS)
 
 lint:
 	@.ci/setup test
@@ -37,7 +38,7 @@ format: setup
 coverage:
 	@.ci/setup test
 	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -q tests/unit tests/property $(ARGS)
+	.venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -q $(FAST) $(ARGS)
 	.venv/bin/coverage combine -q
 	.venv/bin/coverage report --skip-covered
 	.venv/bin/coverage report --include='p2pgz/core/*' --fail-under=100 >/dev/null || { echo 'core/ is below 100 %'; exit 1; }
