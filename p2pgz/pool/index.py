@@ -23,7 +23,7 @@ import trio
 
 from p2pgz.errors import PoolFull, StateError
 
-log = structlog.get_logger(logger="pool")
+log = structlog.get_logger(component="pool")
 T = TypeVar("T")
 
 SCHEMA_VERSION: Final = 1
@@ -39,6 +39,7 @@ CREATE TABLE segments(
     file_starts BLOB NOT NULL,                      -- u32 each: the first chunk of every file
     present BLOB NOT NULL,                          -- bitmap: what is durable here
     verified BLOB,                                  -- bitmap at a clean stop, else NULL
+    stamp TEXT NOT NULL DEFAULT '',                 -- the data file's identity and mtime then
     held_chunks INTEGER NOT NULL, held_bytes INTEGER NOT NULL,
     last_mount REAL NOT NULL DEFAULT 0, heat INTEGER NOT NULL DEFAULT 0,
     native_served INTEGER NOT NULL DEFAULT 0,       -- a kernel may read the file without asking us
@@ -90,7 +91,11 @@ class SegmentRow(NamedTuple):
     file_starts: bytes
     present: bytes
     verified: bytes | None
+    stamp: str
     native_served: int
+
+
+_SELECT_SEGMENTS: Final = "SELECT " + ", ".join(SegmentRow._fields) + " FROM segments"  # noqa: S608  # names of ours
 
 
 class FileAt(NamedTuple):
@@ -170,14 +175,11 @@ class Index:
 
     def segments(self) -> list[SegmentRow]:
         """All segments, in the order in which they were first opened."""
-        columns = ", ".join(SegmentRow._fields)
-        return [SegmentRow(*row) for row in self.rows(f"SELECT {columns} FROM segments ORDER BY row")]  #
-        noqa: S608
+        return [SegmentRow(*row) for row in self.rows(_SELECT_SEGMENTS + " ORDER BY row")]
 
     def segment(self, row: int) -> SegmentRow | None:
         """One segment."""
-        columns = ", ".join(SegmentRow._fields)
-        rows = self.rows(f"SELECT {columns} FROM segments WHERE row = ?", (row,))  # noqa: S608
+        rows = self.rows(_SELECT_SEGMENTS + " WHERE row = ?", (row,))
         return SegmentRow(*rows[0]) if rows else None
 
     def held(self) -> tuple[int, int]:
@@ -186,10 +188,13 @@ class Index:
         chunks, held_bytes = self.rows(sql)[0]
         return chunks, held_bytes
 
-    def places(self, digest: bytes, *, limit: int) -> list[tuple[int, int]]:
-        """Where a chunk is: (segment row, n), at most `limit` of them."""
-        sql = "SELECT segment, n FROM chunks WHERE digest = ? LIMIT ?"
-        return [(segment, n) for segment, n in self.rows(sql, (digest, limit))]
+    def places(self, domain: str, digest: bytes, *, limit: int) -> list[tuple[int, int]]:
+        """Where a chunk is in the segments of a domain: (segment row, n), at most `limit` of them."""
+        sql = (
+            "SELECT segment, n FROM chunks JOIN segments ON row = segment"
+            " WHERE chunks.digest = ? AND domain = ? LIMIT ?"
+        )
+        return [(segment, n) for segment, n in self.rows(sql, (digest, domain, limit))]
 
     def files(self, keys: Iterable[bytes]) -> Iterator[FileAt]:
         """The rows of `files` with these keys."""
@@ -201,8 +206,7 @@ class Index:
             marks = ",".join("?" * len(part))
             sql = "SELECT key, segment, segment_offset, first_chunk, chunk_count FROM files WHERE key IN"
             with _named_errors():
-                for row in self._reader.execute(f"{sql} ({marks})", part):  # noqa: S608  # question marks
-                only
+                for row in self._reader.execute(f"{sql} ({marks})", part):
                     yield FileAt(*row)
 
 
@@ -215,7 +219,7 @@ def _connect(path: Path) -> apsw.Connection:
         if version > SCHEMA_VERSION:
             connection.close()
             raise StateError(
-                f"{path} was written by a newer p2pgz (index version {version}, this one knows {SCHEMA_VERSION})",
+                f"{path} was written by a newer p2pgz (index version {version}, ours is {SCHEMA_VERSION})",
                 hint="upgrade p2pgz, or choose another --state-dir",
             )
         connection.pragma("journal_mode", "WAL")
@@ -270,4 +274,3 @@ def _named_errors(*, pass_damage: bool = False) -> Iterator[None]:
             raise
         hint = "restart the node: it begins a new index and keeps the chunks"
         raise StateError(f"the index is damaged: {error}", hint=hint) from error
-

@@ -71,7 +71,11 @@ class Segment:
         self.path = path
         self.table_path = table_path
         self.row = row
+        self.table_fd = -1
+        """a descriptor of the table to close with the segment, if it has no file of its own"""
         self.native_served = False
+        self.adopted = False
+        """found on disk without a row: the index may know more or less than the file has"""
         self.file_starts = file_starts if file_starts is not None else array("I")
         self.presence = Presence.create(self.table.chunk_count)
         self.on_record = Presence.private(self.table.chunk_count)
@@ -87,6 +91,10 @@ class Segment:
         self._busy: Counter[int] = Counter()
         self._removing: set[int] = set()
         self._changed = trio.Event()
+
+    def has_table(self, content: bytes) -> bool:
+        """Whether these are the bytes of its table."""
+        return memoryview(self._table_buffer) == content
 
     def recorded(self, n: int) -> bool:
         """Whether the index has chunk `n` here. Without its presence bit, `Pool.revive` it first."""
@@ -135,13 +143,14 @@ class Segment:
         """Keep chunks from being removed until `release`; waits while one of them is."""
         while not self._removing.isdisjoint(chunks):
             await self._changed.wait()
-        self._busy.update(chunks)
+        for n in chunks:
+            self._busy[n] += 1
 
     def release(self, chunks: Iterable[int]) -> None:
         """Undo `claim`."""
         for n in chunks:
             self._busy[n] -= 1
-            if not self._busy[n]:
+            if self._busy[n] == 0:
                 del self._busy[n]
         self._wake()
 
@@ -179,6 +188,9 @@ class Segment:
                 self._map.close()
         os.close(self.data_fd)
         self.data_fd = -1
+        if self.table_fd >= 0:
+            os.close(self.table_fd)
+            self.table_fd = -1
         self.presence.close()
 
 

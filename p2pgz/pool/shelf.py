@@ -1,0 +1,358 @@
+"""The segments of a pool: finds them in the index and on the disk, opens and makes them, repairs what is damaged.
+
+Owned by `pool.Pool`. What the disk has lost against the index (a truncated or missing file) is absent; what
+the index has lost (a new or older index) is adopted from the files, to be checked when first used. A damaged
+table is written again when its TOC is opened. Must never set a presence bit that is not covered by a clean
+stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from array import array
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+import structlog
+import trio
+
+from p2pgz.core.digest import Digest
+from p2pgz.core.layout import SegmentLayout, SegmentTable
+from p2pgz.errors import P2pgzError, StateError
+from p2pgz.pool.commit import erase, file_row
+from p2pgz.pool.disk import TEMPORARY_SUFFIX, named
+from p2pgz.pool.index import Index, SegmentRow
+from p2pgz.pool.presence import Presence, is_bitmap, iterate_bits
+from p2pgz.pool.segment import (
+    DATA_SUFFIX,
+    SHARED_DOMAIN,
+    TABLE_SUFFIX,
+    Segment,
+    SegmentMeta,
+    checked_starts,
+    chunks_with_data,
+    create_files,
+    map_table,
+    starts_of,
+)
+
+log = structlog.get_logger(component="pool")
+
+# the 8 bytes a table begins with: kind and version of the layout
+_MAGIC_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A segment of the index that is not open."""
+
+    row: int
+    domain: str
+    id: Digest
+
+
+class Shelf:
+    """All segments, open or not. Opening one that exists is synchronous (about 0.1 ms and 1 ms/MB of table)."""
+
+    def __init__(self, directory: Path, index: Index, committing: trio.Lock) -> None:
+        self._directory = directory
+        self._index = index
+        self._committing = committing
+        self._open: dict[int, Segment] = {}
+        self._rows: dict[tuple[str, Digest], int] = {}
+        self._making = trio.Lock()
+        self._broken: set[int] = set()
+        for row in index.segments():
+            self._rows[row.domain, Digest(row.id)] = row.row
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def opened(self) -> list[Segment]:
+        """The open ones."""
+        return list(self._open.values())
+
+    def get(self, domain: str, segment_id: Digest) -> Segment | None:
+        """A segment of this pool by name, opened if need be."""
+        row = self._rows.get((domain, segment_id))
+        return None if row is None else self.by_row(row)
+
+    def by_row(self, row: int) -> Segment | None:
+        """The same by its row in the index; None for one that cannot be opened (logged once)."""
+        segment = self._open.get(row)
+        if segment is None and row not in self._broken:
+            try:
+                segment = self._load(row)
+            except (P2pgzError, OSError) as error:
+                self._broken.add(row)
+                log.error("pool.segment_unusable", row=row, reason=str(error))
+        return segment
+
+    async def open(self, source: SegmentLayout | bytes, meta: SegmentMeta) -> Segment:
+        """Open or make the segment of a layout or of a segment table's bytes."""
+        if isinstance(source, SegmentLayout):
+            content = await trio.to_thread.run_sync(source.to_bytes)
+            starts = await trio.to_thread.run_sync(starts_of, source)
+        else:
+            content, starts = bytes(source), array("I")
+        table = SegmentTable(content)
+        async with self._making:
+            segment = self.get(meta.domain, table.id)
+            if segment is None:
+                return await self._make(content, table, starts, meta)
+            if not segment.has_table(content):
+                raise StateError(
+                    f"segment {table.id} exists with another table",
+                    hint="two documents claim the same digest; `p2pgz pool scrub` checks what is here",
+                )
+            if starts and not segment.file_starts:
+                await self._learn_files(segment, starts)
+            return segment
+
+    def _paths(self, domain: str, segment_id: Digest) -> tuple[Path, Path]:
+        name = segment_id.hex
+        if domain != SHARED_DOMAIN:
+            name += "-" + hashlib.sha256(domain.encode()).hexdigest()[:16]
+        return self._directory / (name + TABLE_SUFFIX), self._directory / (name + DATA_SUFFIX)
+
+    def _load(self, row: int) -> Segment:
+        known = self._index.segment(row)
+        if known is None:
+            raise StateError(f"segment {row} is not in the index")
+        table_path, data_path = self._paths(known.domain, Digest(known.id))
+        buffer = map_table(table_path)
+        if hashlib.sha256(buffer).digest() != known.table_digest:
+            raise StateError(f"{table_path} is damaged", hint="it is made again from the TOC")
+        meta = SegmentMeta(
+            domain=known.domain,
+            blob_digest=Digest(known.blob_digest) if known.blob_digest is not None else None,
+            blob_bytes=known.blob_bytes,
+            source=known.source,
+        )
+        data_fd = os.open(data_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            table = SegmentTable(buffer)
+            size = os.fstat(data_fd).st_size
+            if size < table.segment_bytes:  # the map below must not reach past the end of the file
+                log.error(
+                    "pool.segment_truncated", file=str(data_path), size=size, expected=table.segment_bytes
+                )
+                os.ftruncate(data_fd, table.segment_bytes)
+            starts = checked_starts(known.file_starts, table.chunk_count)
+            segment = Segment(
+                buffer,
+                data_fd=data_fd,
+                path=data_path,
+                table_path=table_path,
+                meta=meta,
+                row=row,
+                file_starts=starts,
+            )
+        except BaseException:
+            os.close(data_fd)
+            raise
+        self._recall(segment, known, size)
+        self._open[row] = segment
+        return segment
+
+    def _recall(self, segment: Segment, known: SegmentRow, size: int) -> None:
+        """Take over what the index remembers, as far as the data file reaches."""
+        segment.native_served = bool(known.native_served)
+        if not is_bitmap(known.present, segment.table.chunk_count):
+            return
+        segment.take_record(known.present)
+        if size < segment.table.segment_bytes:
+            self._cut(segment, size)
+        elif known.verified is not None and known.stamp == stamp_of(segment.data_fd):
+            both = int.from_bytes(known.verified, "little") & int.from_bytes(known.present, "little")
+            segment.presence.load(both.to_bytes(len(known.present), "little"))
+
+    def _cut(self, segment: Segment, size: int) -> None:
+        """Chunks that lie past the end of what was left of a data file are absent."""
+        table = segment.table
+        for n in iterate_bits(segment.on_record.to_bytes()):
+            if table.segment_offset[n] + table.size[n] > size:
+                segment.on_record.clear(n)
+        segment.held_bytes = segment.bytes_of(iterate_bits(segment.on_record.to_bytes()))
+
+    async def _make(
+        self, content: bytes, table: SegmentTable, starts: array[int], meta: SegmentMeta
+    ) -> Segment:
+        """Make a segment's files and row, or make whole what of them is missing or damaged."""
+        table_path, data_path = self._paths(meta.domain, table.id)
+        key = meta.domain, table.id
+        row = self._rows.get(key)
+        known = self._index.segment(row) if row is not None else None
+
+        def prepare() -> tuple[int, mmap.mmap | bytes]:
+            try:
+                old = table_path.read_bytes()
+            except FileNotFoundError:
+                old = b""
+            if old and old[:_MAGIC_BYTES] != content[:_MAGIC_BYTES]:
+                # another version's addresses: its bytes would lie in what must be holes here
+                data_path.unlink(missing_ok=True)
+            size = data_path.stat().st_size if data_path.exists() else 0
+            create_files(table_path, data_path, None if old == content else content, table.segment_bytes)
+            return size, map_table(table_path)
+
+        try:
+            size, buffer = await trio.to_thread.run_sync(prepare)
+            data_fd = os.open(data_path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise named(error, f"segment {table.id} cannot be made in {self._directory}") from error
+        segment = Segment(
+            buffer, data_fd=data_fd, path=data_path, table_path=table_path, meta=meta, file_starts=starts
+        )
+        try:
+            if known is not None:
+                self._recall(segment, known, size)
+                # whatever was wrong, the bytes are to be looked at before they are used
+                segment.presence.load(bytes(segment.presence.bitmap_bytes))
+            elif size:
+                found = await trio.to_thread.run_sync(chunks_with_data, data_fd, table)
+                segment.take_record(found)
+                if size < table.segment_bytes:
+                    self._cut(segment, size)
+                segment.adopted = True
+            segment.row = await self._index.write(lambda connection: _insert(connection, segment, content))
+        except BaseException:
+            segment.close()
+            raise
+        self._rows[key] = segment.row
+        self._broken.discard(segment.row)
+        self._open[segment.row] = segment
+        return segment
+
+    async def _learn_files(self, segment: Segment, starts: array[int]) -> None:
+        """The TOC of an adopted segment has been opened: now its files are known too."""
+        segment.file_starts = starts
+        async with self._committing:
+            record = segment.on_record
+
+            def change(connection: apsw.Connection) -> None:
+                connection.execute(
+                    "UPDATE segments SET file_starts = ? WHERE row = ?", (starts.tobytes(), segment.row)
+                )
+                if segment.adopted:  # nothing of it has been seen since; its files come with its chunks
+                    return
+                for first in starts:
+                    extent = segment.file_of(first)
+                    if extent and record.has_range(extent.first_chunk, extent.chunk_count):
+                        row = file_row(segment, extent)
+                        if row:
+                            connection.execute("INSERT OR IGNORE INTO files VALUES(?, ?, ?, ?, ?, ?)", row)
+
+            await self._index.write(change)
+
+    async def adopt(self) -> None:
+        """Take in what lies in the directory without a row, and sweep away what a crash left half made."""
+        names = {path.name for path in self._directory.iterdir()}
+        known = {path.name for domain, segment_id in self._rows for path in self._paths(domain, segment_id)}
+        for name in sorted(names):
+            path = self._directory / name
+            if name.endswith(TEMPORARY_SUFFIX):
+                path.unlink()
+            elif name.endswith(TABLE_SUFFIX) and name not in known:
+                await self._adopt(path)
+
+    async def _adopt(self, table_path: Path) -> None:
+        stem = table_path.name.removesuffix(TABLE_SUFFIX)
+        if "-" in stem:
+            # of a restricted image, whose domain is not in the name: taken in when that image is opened
+            log.warning("pool.orphan", file=str(table_path), effect="kept until its image is mounted again")
+            return
+        try:
+            content = table_path.read_bytes()
+            table = SegmentTable(content)
+            if table.id.hex != stem:
+                raise StateError(f"{table_path} is the table of {table.id}")
+            segment = await self._make(content, table, array("I"), SegmentMeta())
+        except (P2pgzError, OSError, ValueError) as error:
+            log.error(
+                "pool.orphan", file=str(table_path), reason=str(error), effect="kept until opened by its TOC"
+            )
+            return
+        log.warning("pool.adopted", segment=str(segment.id), chunks=segment.on_record.present_count())
+
+    async def forget(self, segment: Segment) -> None:
+        """Take a segment out of the index, durably, then delete its files. Its space comes back when it is closed."""
+        async with self._committing:
+
+            def change(connection: apsw.Connection) -> None:
+                record = Presence.private(segment.table.chunk_count)
+                record.load(segment.on_record.to_bytes())
+                erase(connection, segment, range(segment.table.chunk_count), record)
+                connection.execute("DELETE FROM heat WHERE segment = ?", (segment.row,))
+                connection.execute("DELETE FROM segments WHERE row = ?", (segment.row,))
+
+            await self._index.write(change, durable=True)
+            segment.on_record.load(bytes(segment.on_record.bitmap_bytes))
+        del self._rows[segment.domain, segment.id]
+        del self._open[segment.row]
+        for path in (segment.table_path, segment.path):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+    async def seal(self) -> None:
+        """Write down what has been verified; the last thing before a clean stop."""
+        states = [
+            (
+                (
+                    int.from_bytes(segment.presence.to_bytes(), "little")
+                    & int.from_bytes(segment.on_record.to_bytes(), "little")
+                ).to_bytes(segment.presence.bitmap_bytes, "little"),
+                stamp_of(segment.data_fd),
+                segment.row,
+            )
+            for segment in self._open.values()
+        ]
+        await self._index.write(
+            lambda connection: connection.executemany(
+                "UPDATE segments SET verified = ?, stamp = ? WHERE row = ?", states
+            )
+        )
+
+    def close(self) -> None:
+        """Close all that is open."""
+        for segment in self._open.values():
+            segment.close()
+        self._open.clear()
+
+
+def stamp_of(data_fd: int) -> str:
+    """Tells whether a data file is the one it was, untouched."""
+    status = os.fstat(data_fd)
+    return f"{status.st_ino}.{status.st_size}.{status.st_mtime_ns}"
+
+
+def _insert(connection: apsw.Connection, segment: Segment, content: bytes) -> int:
+    """Write the row of a segment that was just made, or made whole."""
+    meta, table = segment.meta, segment.table
+    columns = {
+        "domain": meta.domain,
+        "id": table.id.raw,
+        "segment_bytes": table.segment_bytes,
+        "chunk_count": table.chunk_count,
+        "compression": table.compression,
+        "blob_digest": meta.blob_digest.raw if meta.blob_digest is not None else None,
+        "blob_bytes": meta.blob_bytes,
+        "source": meta.source,
+        "table_digest": hashlib.sha256(content).digest(),
+        "file_starts": segment.file_starts.tobytes(),
+        "present": segment.on_record.to_bytes(),
+        "held_chunks": segment.on_record.present_count(),
+        "held_bytes": segment.held_bytes,
+    }
+    names = ", ".join(columns)
+    updates = ", ".join(f"{name} = excluded.{name}" for name in columns)
+    sql = (
+        f"INSERT INTO segments({names}) VALUES({', '.join('?' * len(columns))})"  # names of ours
+        f" ON CONFLICT(domain, id) DO UPDATE SET {updates}, verified = NULL RETURNING row"
+    )
+    ((row,),) = list(connection.execute(sql, tuple(columns.values())))
+    return int(row)
