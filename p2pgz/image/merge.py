@@ -144,7 +144,7 @@ class _Applier:
                 directories.clear()
                 directories[b""] = tree.root
             if kind == "hardlink":
-                target = self._placed_before(entry.link)
+                target = self._placed_before(entry.link) if entry.link != entry.name else None
                 if target is None:
                     pending.append((directory, name, number))
                 else:
@@ -313,28 +313,41 @@ class _Applier:
 
     def _make_links(self, pending: list[tuple[Directory, bytes, int]]) -> None:
         """Make the links whose targets come later, are in a lower layer, or are such links themselves."""
-        entries = self._tree.entries
         resolved: dict[int, int] = {}
-        for _, _, start in pending:
-            chain: list[int] = []
-            on_chain: set[int] = set()
-            number = start
-            while entries[number].kind == "hardlink" and number not in resolved:
-                if number in on_chain:
-                    raise ImageInvalid(
-                        f"{self._where}: hard link {_shown(entries[number].name)} leads to itself"
-                    )
-                chain.append(number)
-                on_chain.add(number)
-                number = self._find_target(entries[number])
-            number = resolved.get(number, number)
-            for link in chain:
-                resolved[link] = number
-        for directory, name, number in pending:
-            # a later entry of this name may have replaced the link
-            if directory.children.get(name) == number:
+        attached: set[int] | None = None
+        # by number of the link: a later entry may have replaced it, or a directory on the way to it
+        standing = [link for link in pending if link[0].children.get(link[1]) == link[2]]
+        for directory, _, number in standing:
+            try:
+                self._resolve(number, resolved)
+            except ImageInvalid:
+                attached = attached or self._attached()
+                if id(directory) in attached:
+                    raise
+        for directory, name, number in standing:
+            if number in resolved:
                 directory.children[name] = resolved[number]
                 self._tree.linked.add(resolved[number])
+
+    def _resolve(self, number: int, resolved: dict[int, int]) -> None:
+        """Find the inode that a chain of links ends at, and note it for all of them."""
+        entries = self._tree.entries
+        chain: dict[int, None] = {}
+        while entries[number].kind == "hardlink" and number not in resolved:
+            if number in chain:
+                raise ImageInvalid(f"{self._where}: hard link {_shown(entries[number].name)} leads to itself")
+            chain[number] = None
+            number = self._find_target(entries[number])
+        number = resolved.get(number, number)
+        for link in chain:
+            resolved[link] = number
+
+    def _attached(self) -> set[int]:
+        """The ids of the directories that are in the tree; what was replaced is not."""
+        found = [self._tree.root]
+        for directory in found:
+            found += [child for child in directory.children.values() if isinstance(child, Directory)]
+        return {id(directory) for directory in found}
 
     def _find_target(self, entry: Entry) -> int:
         head, _, name = entry.link.rpartition(b"/")
