@@ -127,7 +127,7 @@ def load(
     document: dict[str, Any] = {}
     if path is not None:
         document = _read(path, must_exist=must_exist)
-    origins = {key: "file" for key in flatten(document)}
+    origins = dict.fromkeys(flatten(document), "file")
     for name, text in _environment_keys(environment).items():
         _insert(document, name, text)
         origins[name] = "environment"
@@ -137,14 +137,18 @@ def load(
     try:
         config = msgspec.convert(document, Config, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(error, path), hint="`p2pgz config default` prints every key with its default") from error
+        raise ConfigError(
+            _explain(error, path), hint="`p2pgz config default` prints every key with its default"
+        ) from error
     if config.version != CONFIG_VERSION:
         raise ConfigError(
-            f"{path}: version = {config.version} is not understood", hint=f"this p2pgz reads version = {CONFIG_VERSION}"
+            f"{path}: version = {config.version} is not understood",
+            hint=f"this p2pgz reads version = {CONFIG_VERSION}",
         )
     if config.log.level not in {"debug", "info", "warning", "error"}:
         raise ConfigError(
-            f"{path or 'configuration'}: log.level = {config.log.level!r}", hint="one of debug, info, warning, error"
+            f"{path or 'configuration'}: log.level = {config.log.level!r}",
+            hint="one of debug, info, warning, error",
         )
     return Loaded(config, {key: origins.get(key, "default") for key in flatten(msgspec.to_builtins(config))})
 

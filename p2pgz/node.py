@@ -6,6 +6,7 @@ bytes; it only joins the packages.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -44,7 +45,7 @@ from p2pgz.web.api import (
     handler,
 )
 
-log = structlog.get_logger(logger="node")
+log = structlog.get_logger(component="node")
 
 API_SOCKET = "api.sock"
 DESCRIPTOR_SOCKET = "fd.sock"
@@ -55,7 +56,13 @@ class Node:
     """Everything a running node has. Made by `open_node`."""
 
     def __init__(
-        self, config: Config, pool: Pool, fetcher: ChunkFetcher, opener: ImageOpener, mounts: Mounts, sources: Sources
+        self,
+        config: Config,
+        pool: Pool,
+        fetcher: ChunkFetcher,
+        opener: ImageOpener,
+        mounts: Mounts,
+        sources: Sources,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -82,7 +89,7 @@ class Node:
             },
             "peers": [],
             "mounts": self.mounts.status(),
-            "pool": self._pool.stats(),
+            "pool": self._pool_status(),
             "sources": {
                 "pool": {"chunks": counters.pool_chunks, "bytes": counters.pool_bytes},
                 "peer": {"chunks": 0, "bytes": 0},
@@ -92,6 +99,14 @@ class Node:
                     **self._sources.totals(),
                 },
             },
+        }
+
+    def _pool_status(self) -> dict[str, Any]:
+        space = os.statvfs(self._pool.directory)
+        return {
+            **dataclasses.asdict(self._pool.stats()),
+            "path": str(self._pool.directory),
+            "free_bytes": space.f_bavail * space.f_frsize,
         }
 
     async def mount(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
@@ -226,7 +241,10 @@ class Sources:
     def totals(self) -> dict[str, int]:
         """Requests and received bytes of all registries."""
         stats = [source.stats for source in self._open.values()]
-        return {"requests": sum(s.requests for s in stats), "wire_bytes": sum(s.received_bytes for s in stats)}
+        return {
+            "requests": sum(s.requests for s in stats),
+            "wire_bytes": sum(s.received_bytes for s in stats),
+        }
 
 
 async def _silent(_: dict[str, Any]) -> None:
@@ -239,7 +257,7 @@ async def open_node(config: Config, state_path: Path, run_path: Path) -> AsyncIt
     prepare_directories(state_path, run_path)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(
-            Pool.open(state_path, check_filesystem=config.pool.check_filesystem)
+            Pool.open(state_path, boot_id=boot_id(), check_filesystem=config.pool.check_filesystem)
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
@@ -260,6 +278,11 @@ async def open_node(config: Config, state_path: Path, run_path: Path) -> AsyncIt
         log.info("node.ready", state=str(state_path), pid=os.getpid())
         yield node
         nursery.cancel_scope.cancel()
+
+
+def boot_id() -> str:
+    """Names this boot of the machine: what was verified in another one is verified again."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def prepare_directories(state_path: Path, run_path: Path) -> None:

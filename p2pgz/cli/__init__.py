@@ -60,9 +60,13 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "P2PGZ"})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "P2PGZ"}
+)
 @click.version_option(__version__, prog_name="p2pgz")
-@click.option("--state-dir", metavar="DIR", help="State directory: selects the node.", envvar="P2PGZ_STATE_DIR")
+@click.option(
+    "--state-dir", metavar="DIR", help="State directory: selects the node.", envvar="P2PGZ_STATE_DIR"
+)
 @click.option("--config", "config_file", metavar="FILE", help="Configuration file.", envvar="P2PGZ_CONFIG")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")

@@ -89,7 +89,9 @@ class NodeClient:
                     return _result(event)
                 if progress is not None:
                     progress(event)
-        raise NodeUnavailable("the node ended in the middle of the request", hint="see its log; run the command again")
+        raise NodeUnavailable(
+            "the node ended in the middle of the request", hint="see its log; run the command again"
+        )
 
     def read(self, path: str, request: dict[str, Any]) -> Iterator[bytes]:
         """The bytes that a request answers with, in pieces; raises the node's error where it stopped."""
@@ -103,7 +105,9 @@ class NodeClient:
                 if len(piece) < length:
                     break
                 yield piece
-        raise NodeUnavailable("the node ended in the middle of the request", hint="see its log; run the command again")
+        raise NodeUnavailable(
+            "the node ended in the middle of the request", hint="see its log; run the command again"
+        )
 
     def descriptor(self, token: str) -> int:
         """Fetch the mount descriptor that a mount request left for us."""
@@ -121,10 +125,13 @@ class NodeClient:
             connection.request(method, path, None if body is None else json.dumps(body))
             response = connection.getresponse()
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NodeUnavailable(f"no node runs at {self.run_path}", hint="start one with `p2pgz node`") from error
+            raise NodeUnavailable(
+                f"no node runs at {self.run_path}", hint="start one with `p2pgz node`"
+            ) from error
         except PermissionError as error:
             raise NodeUnavailable(
-                f"the node at {self.run_path} belongs to another user", hint="name a state directory of your own: --state-dir"
+                f"the node at {self.run_path} belongs to another user",
+                hint="name a state directory of your own: --state-dir",
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise NodeUnavailable(f"the node at {self.run_path} does not answer: {error}") from error
@@ -181,7 +188,7 @@ def _start_node(settings: Settings, client: NodeClient) -> None:
         raise StateError(f"{log_path}: {error.strerror}", hint="is the state directory writable?") from error
     finally:
         os.close(ready_write)
-    with open(ready_read, "rb") as ready:
+    with os.fdopen(ready_read, "rb") as ready:
         said = _read_ready(ready, process)
     if said.get("event") == "ready":
         return

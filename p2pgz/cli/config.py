@@ -24,7 +24,9 @@ def show(settings: Settings, /, origin: bool, as_json: bool) -> None:
     values = configuration.flatten(msgspec.to_builtins(loaded.config))
     if as_json:
         print_json(
-            {key: {"value": value, "origin": loaded.origins[key]} for key, value in values.items()} if origin else values
+            {key: {"value": value, "origin": loaded.origins[key]} for key, value in values.items()}
+            if origin
+            else values
         )
         return
     for key, value in values.items():

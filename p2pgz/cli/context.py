@@ -47,7 +47,11 @@ class Settings:
         """The configuration file, whether it exists or not."""
         from p2pgz import config
 
-        return Path(self.config_file) if self.config_file else config.default_path(os.environ, root=config.is_root())
+        return (
+            Path(self.config_file)
+            if self.config_file
+            else config.default_path(os.environ, root=config.is_root())
+        )
 
     def load(self, flags: dict[str, object] | None = None) -> Loaded:
         """The merged configuration; raises ConfigError."""
@@ -75,16 +79,26 @@ def registry_options(command: F) -> F:
     """Options of every command that names an image in a registry, spelled as ctr and nerdctl spell them."""
     options = [
         click.option("--plain-http", is_flag=True, help="Speak HTTP to the registry, without TLS."),
-        click.option("--platform", default="", metavar="OS/ARCH[/VARIANT]", help="Platform; default: this machine's."),
-        click.option("--tlscacert", "ca_file", default="", metavar="FILE", help="CA certificates to trust (PEM)."),
-        click.option("--hosts-dir", default="", metavar="DIR", help="Directory of hosts.toml files (mirrors)."),
-        click.option("--user", default="", metavar="NAME:PASSWORD", help="Credentials; better: docker login."),
+        click.option(
+            "--platform", default="", metavar="OS/ARCH[/VARIANT]", help="Platform; default: this machine's."
+        ),
+        click.option(
+            "--tlscacert", "ca_file", default="", metavar="FILE", help="CA certificates to trust (PEM)."
+        ),
+        click.option(
+            "--hosts-dir", default="", metavar="DIR", help="Directory of hosts.toml files (mirrors)."
+        ),
+        click.option(
+            "--user", default="", metavar="NAME:PASSWORD", help="Credentials; better: docker login."
+        ),
     ]
     return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 unverified_option = click.option(
-    "--allow-unverified-toc", is_flag=True, help="Take the registry's word for layers whose TOC nothing vouches for."
+    "--allow-unverified-toc",
+    is_flag=True,
+    help="Take the registry's word for layers whose TOC nothing vouches for.",
 )
 
 
@@ -97,9 +111,14 @@ def image_request(reference: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"reference": absolute_reference(reference), **request}
 
 
+def absolute(path: str) -> Path:
+    """The path from the root, `..` taken away as typed, symlinks kept: what the user sees in `mount`'s output."""
+    return Path(os.path.normpath(Path(path).absolute()))
+
+
 def absolute_reference(reference: str) -> str:
     """`oci:DIR[:TAG]` and `oci-archive:FILE[:TAG]` with an absolute path; anything else unchanged."""
     for transport in ("oci:", "oci-archive:"):
         if reference.startswith(transport):
-            return transport + os.path.abspath(reference.removeprefix(transport))
+            return transport + str(absolute(reference.removeprefix(transport)))
     return reference

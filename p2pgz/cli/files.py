@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +12,7 @@ import click
 from p2pgz.cli.client import running_node, show_progress
 from p2pgz.cli.context import (
     Settings,
+    absolute,
     image_request,
     json_option,
     print_json,
@@ -29,7 +30,9 @@ from p2pgz.errors import IntegrityError
 @unverified_option
 @json_option
 @click.pass_obj
-def ls(settings: Settings, /, reference: str, path: str, recursive: bool, as_json: bool, **options: Any) -> None:
+def ls(
+    settings: Settings, /, reference: str, path: str, recursive: bool, as_json: bool, **options: Any
+) -> None:
     """List PATH (default: the root) of the image REF."""
     client = running_node(settings)
     request = image_request(reference, {**options, "path": path, "recursive": recursive})
@@ -83,8 +86,8 @@ def verify(settings: Settings, /, what: str, as_json: bool, **options: Any) -> N
     what is missing is counted.
     """
     client = running_node(settings)
-    if what.startswith(("/", "./", "../")) or os.path.isdir(what):
-        request: dict[str, Any] = {"directory": os.path.abspath(what)}
+    if what.startswith(("/", "./", "../")) or Path(what).is_dir():
+        request: dict[str, Any] = {"directory": str(absolute(what))}
     else:
         request = image_request(what, options)
     result = client.call("/v1/verify", request, show_progress(settings))
@@ -99,5 +102,6 @@ def verify(settings: Settings, /, what: str, as_json: bool, **options: Any) -> N
             click.echo(f"wrong: {wrong}")
     if result["wrong"]:
         raise IntegrityError(
-            f"{result['reference']}: {len(result['wrong'])} chunks are wrong", hint="they are fetched again when read"
+            f"{result['reference']}: {len(result['wrong'])} chunks are wrong",
+            hint="they are fetched again when read",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ import click
 from p2pgz.cli.client import running_node, show_progress
 from p2pgz.cli.context import (
     Settings,
+    absolute,
     image_request,
     json_option,
     print_json,
@@ -45,7 +45,7 @@ def mount(
     from p2pgz.mount.attach import attach
     from p2pgz.mount.umount import check_mount_point, unmount
 
-    target = Path(os.path.abspath(directory))
+    target = absolute(directory)
     check_mount_point(target)
     client = running_node(settings)
     request = image_request(reference, {**options, "directory": str(target)})
@@ -84,7 +84,7 @@ def umount(settings: Settings, /, directories: tuple[str, ...], lazy: bool) -> N
     failure: P2pgzError | None = None
     for directory in directories:
         try:
-            unmount(Path(os.path.abspath(directory)), lazy=lazy)
+            unmount(absolute(directory), lazy=lazy)
         except P2pgzError as error:
             if failure is not None:
                 click.echo(f"p2pgz: {failure}", err=True)

@@ -31,7 +31,13 @@ def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
         loaded = settings.load()
         log.set_up(loaded.config.log.level)
         trio.run(
-            daemon.run_node, loaded.config, settings.state_path, settings.run_path, ephemeral, tell, restrict_keyboard_interrupt_to_checkpoints=True
+            daemon.run_node,
+            loaded.config,
+            settings.state_path,
+            settings.run_path,
+            ephemeral,
+            tell,
+            restrict_keyboard_interrupt_to_checkpoints=True,
         )
     except P2pgzError as error:
         from p2pgz.web.api import error_event

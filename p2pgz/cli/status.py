@@ -40,7 +40,9 @@ def status(settings: Settings, /, as_json: bool) -> None:
         click.echo("no mounts")
     click.echo(f"pool: {human_bytes(pool['bytes'])} in {pool['chunks']} chunks")
     for source, counts in document["sources"].items():
-        click.echo(f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts))
+        click.echo(
+            f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts)
+        )
 
 
 def _requests(counts: dict[str, Any]) -> str:
@@ -63,5 +65,7 @@ def stat(settings: Settings, /, as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    click.echo(f"{human_bytes(document['bytes'])} in {document['chunks']} chunks, {document['segments']} segments")
+    click.echo(
+        f"{human_bytes(document['bytes'])} in {document['chunks']} chunks, {document['segments']} segments"
+    )
     click.echo(f"in {document['path']}, {human_bytes(document['free_bytes'])} free on that file system")

@@ -16,7 +16,7 @@ from p2pgz.errors import P2pgzError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.pool.pool import Segment
 
-log = structlog.get_logger(logger="fetch")
+log = structlog.get_logger(component="fetch")
 
 # compressed bytes of a batch: large enough that the pause between two batches does not count
 BATCH_BYTES = 16 << 20
@@ -48,7 +48,10 @@ def batches(segment: Segment, order: Sequence[int], until: int | None) -> Iterat
 
 
 async def prefetch(fetcher: ChunkFetcher, segment: Segment, until: int) -> None:
-    """Fetch the files that the image's author put before the landmark at blob offset `until`. Failures are left to readers."""
+    """Fetch the files that the image's author put before the landmark at blob offset `until`.
+
+    Failures are left to readers, who have deadlines and are told.
+    """
     origin = fetcher.origin(segment.id)
     if origin is None:
         return

@@ -25,10 +25,10 @@ from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
 from p2pgz.pool.pool import Pool
 
-log = structlog.get_logger(logger="fetch")
+log = structlog.get_logger(component="fetch")
 
-# A chunk that arrives corrupt is asked for once more on a fresh request: a cut connection or a bad cache between explains the
-# first time, nothing innocent the second.
+# A chunk that arrives corrupt is asked for once more on a fresh request: a cut connection or a bad cache between
+# explains the first time, nothing innocent the second.
 CORRUPT_ATTEMPTS = 2
 # Background classes give up after this many broken requests; a reader would ask again
 BACKGROUND_ATTEMPTS = 4
@@ -64,13 +64,17 @@ class Lane:
         self._counters = counters
         self._connections = connections
         self._fill_limiter = fill_limiter
-        self._queue: list[tuple[int, int, int, Origin]] = []  # (class, order of arrival, chunk, origin); stale entries stay
+        self._queue: list[
+            tuple[int, int, int, Origin]
+        ] = []  # (class, order of arrival, chunk, origin); stale entries stay
         self._arrival = itertools.count()
         self._running = dict.fromkeys(Priority, 0)
         self._calm = trio.Event()
         self._calm.set()
 
-    def want(self, origin: Origin, chunks: Iterable[int], priority: Priority, deadline: float) -> list[Flight]:
+    def want(
+        self, origin: Origin, chunks: Iterable[int], priority: Priority, deadline: float
+    ) -> list[Flight]:
         """Queue chunks, or join their flights; the caller pumps afterwards. A more urgent class replaces a lesser one."""
         flights = []
         for n in chunks:
@@ -100,7 +104,14 @@ class Lane:
             window = origin.link.window_bytes() if priority is Priority.BLOCKED_READ else 0
             table = origin.segment.table
             chosen = choose(
-                origin.order, table.blob_offset, table.blob_end, n, priority, origin.wanted, origin.absent, window
+                origin.order,
+                table.blob_offset,
+                table.blob_end,
+                n,
+                priority,
+                origin.wanted,
+                origin.absent,
+                window,
             )
             self._take(origin, chosen, priority)
             self._running[priority] += 1
@@ -183,7 +194,7 @@ class Lane:
             self._requeue(origin, remaining, SourceUnavailable(f"{origin.source.name}: chunks were left out"))
         except P2pgzError as error:
             self._requeue(origin, remaining, error)
-        except Exception as error:  # noqa: BLE001  # a bug here must fail these chunks, not the node
+        except Exception as error:  # a bug here must fail these chunks, not the node
             log.exception("fetch.bug", blob=str(origin.descriptor.digest))
             self._requeue(origin, remaining, P2pgzError(f"internal error: {error!r}"))
         finally:
@@ -197,7 +208,9 @@ class Lane:
             flight = origin.flights[n]
             flight.attempts += 1
             waiting = flight.priority <= Priority.READ_AHEAD
-            expired = trio.current_time() >= flight.deadline if waiting else flight.attempts >= BACKGROUND_ATTEMPTS
+            expired = (
+                trio.current_time() >= flight.deadline if waiting else flight.attempts >= BACKGROUND_ATTEMPTS
+            )
             if not error.retryable or expired:
                 self._end(origin, flight, error)
                 continue
@@ -234,5 +247,3 @@ class Lane:
         """Fail everything that is queued for a segment; what is being received ends by itself."""
         for n in list(origin.wanted):
             self._end(origin, origin.flights[n], error)
-
-

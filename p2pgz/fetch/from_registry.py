@@ -7,6 +7,7 @@ heavy half (inflate, sha256, pwrite) runs in a worker thread once a piece is lar
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import trio
 
@@ -42,7 +43,9 @@ async def fetch_range(
     first_byte_at = 0.0
     received = 0
     members = _MemberFeed(origin, plan, assembly, landed, failed)
-    async with watched(origin.source.blob(origin.descriptor, plan.start, plan.end), origin.source.name) as pieces:
+    async with watched(
+        origin.source.blob(origin.descriptor, plan.start, plan.end), origin.source.name
+    ) as pieces:
         origin.requested += 1
         async for piece in pieces:
             if not received:
@@ -62,7 +65,10 @@ class _MemberFeed:
     def __init__(
         self, origin: Origin, plan: RangePlan, assembly: _Assembly, landed: Landed, failed: Failed
     ) -> None:
-        self._compression = origin.segment.table.compression
+        compression = origin.segment.table.compression
+        if compression == "none":
+            raise ValueError("a plain layer has no members: it is streamed")
+        self._compression: Literal["gzip", "zstd"] = compression
         self._assembly = assembly
         self._landed = landed
         self._failed = failed
@@ -154,5 +160,3 @@ class _Assembly:
             return verify(self._table.digest(n), payload, source=self._name)
         except ChunkCorrupt as error:
             return error
-
-

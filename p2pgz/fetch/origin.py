@@ -23,7 +23,8 @@ class Origin:
     source: ImageSource
     descriptor: Descriptor
     streamed: bool = False
-    link: LinkEstimate
+    link: LinkEstimate = field(default_factory=LinkEstimate)
+    """shared by all segments of a source"""
     order: BlobOrder = field(init=False)
     readers: SequentialReads = field(default_factory=SequentialReads)
     flights: dict[int, Flight] = field(default_factory=dict)

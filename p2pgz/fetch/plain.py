@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,12 @@ def _progress_event(descriptor: Descriptor, received: int) -> dict[str, Any]:
 
 
 async def stream_layer(
-    pool: Pool, source: ImageSource, descriptor: Descriptor, diff_id: Digest, spool_dir: Path, progress: Progress
+    pool: Pool,
+    source: ImageSource,
+    descriptor: Descriptor,
+    diff_id: Digest,
+    spool_dir: Path,
+    progress: Progress,
 ) -> tuple[PlainIndex, SegmentLayout, Segment]:
     """Read a plain layer whole and make a complete segment of it, named by its diff id.
 
@@ -181,9 +187,12 @@ async def _move_into_pool(pool: Pool, segment: Segment, index: PlainIndex, spool
             batch = []
 
 
-def _read_back(spool: int, segment: Segment, batch: list[tuple[int, int, int]]) -> list[tuple[int, VerifiedChunk]]:
+def _read_back(
+    spool: int, segment: Segment, batch: list[tuple[int, int, int]]
+) -> list[tuple[int, VerifiedChunk]]:
     return [
-        (n, verify(segment.table.digest(n), os.pread(spool, size, at), source="spool file")) for n, at, size in batch
+        (n, verify(segment.table.digest(n), os.pread(spool, size, at), source="spool file"))
+        for n, at, size in batch
     ]
 
 
@@ -198,12 +207,11 @@ async def restream(pool: Pool, origin: Origin) -> None:
     async def take(payloads: Payloads) -> None:
         for digest, payload in payloads:
             for n in numbers.pop(digest, ()):
-                chunk = await trio.to_thread.run_sync(lambda d=digest, p=payload: verify(d, p, source=origin.source.name))
+                check = partial(verify, digest, payload, source=origin.source.name)
+                chunk = await trio.to_thread.run_sync(check)
                 await pool.add(segment, n, chunk)
                 if (flight := origin.flights.pop(n, None)) is not None:
                     flight.land()
 
     origin.requested += 1
     await _run(origin.source, origin.descriptor, segment.id, take, None)
-
-

@@ -13,7 +13,7 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.model import ChunkKind
-from p2pgz.core.schedule import Priority
+from p2pgz.core.schedule import LinkEstimate, Priority
 from p2pgz.core.verify import verify
 from p2pgz.errors import ChunkMissing, P2pgzError, SourceUnavailable
 from p2pgz.fetch.dispatch import Counters, Lane
@@ -23,7 +23,7 @@ from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.plain import restream
 from p2pgz.pool.pool import Pool, Segment
 
-log = structlog.get_logger(logger="fetch")
+log = structlog.get_logger(component="fetch")
 
 
 class ChunkFetcher:
@@ -45,6 +45,7 @@ class ChunkFetcher:
         self._read_deadline_seconds = read_deadline_seconds
         self._origins: dict[Digest, Origin] = {}
         self._lanes: dict[str, Lane] = {}
+        self._links: dict[str, LinkEstimate] = {}
         self.counters = Counters()
 
     def add_origin(self, origin: Origin) -> None:
@@ -53,6 +54,7 @@ class ChunkFetcher:
         if known is not None:
             known.source, known.descriptor = origin.source, origin.descriptor
             return
+        origin.link = self._links.setdefault(origin.source.name, origin.link)
         self._origins[origin.segment.id] = origin
 
     def origin(self, segment: Digest) -> Origin | None:
@@ -79,7 +81,9 @@ class ChunkFetcher:
     def _start(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> list[Flight]:
         origin = self._origins.get(segment.id)
         if origin is None:
-            raise ChunkMissing(f"segment {segment.id}: no source is known for it", hint="mount its image by reference")
+            raise ChunkMissing(
+                f"segment {segment.id}: no source is known for it", hint="mount its image by reference"
+            )
         deadline = trio.current_time() + self._read_deadline_seconds
         local = [n for n in chunks if n not in origin.flights and self._is_local(origin, n)]
         flights = []
@@ -147,7 +151,9 @@ class ChunkFetcher:
             or self._pool.find(segment.domain, segment.table.digest(n)) is not None
         )
 
-    async def _from_pool(self, origin: Origin, chunks: list[int], priority: Priority, deadline: float) -> None:
+    async def _from_pool(
+        self, origin: Origin, chunks: list[int], priority: Priority, deadline: float
+    ) -> None:
         """Bring chunks to life that the pool has somewhere; what turns out missing or damaged goes to the source."""
         segment = origin.segment
         for n in chunks:
@@ -157,7 +163,7 @@ class ChunkFetcher:
             except P2pgzError as error:
                 log.warning("pool.unusable", chunk=n, segment=str(segment.id), reason=error.what)
                 found = False
-            except Exception:  # noqa: BLE001  # a bug or a dying disk must not strand the readers of these chunks
+            except Exception:  # a bug or a dying disk must not strand the readers of these chunks
                 log.exception("pool.bug", chunk=n, segment=str(segment.id))
                 found = False
             del origin.flights[n]
@@ -192,7 +198,7 @@ class ChunkFetcher:
             await restream(self._pool, origin)
         except P2pgzError as failure:
             error = failure
-        except Exception as failure:  # noqa: BLE001  # a bug here must fail these chunks, not the node
+        except Exception as failure:  # a bug here must fail these chunks, not the node
             log.exception("fetch.bug", blob=str(origin.descriptor.digest))
             error = P2pgzError(f"internal error: {failure!r}")
         for n, flight in list(origin.flights.items()):

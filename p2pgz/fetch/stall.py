@@ -16,7 +16,9 @@ STALL_SECONDS = 15.0
 
 @asynccontextmanager
 async def watched(
-    opening: AbstractAsyncContextManager[AsyncIterator[bytes]], source: str, stall_seconds: float = STALL_SECONDS
+    opening: AbstractAsyncContextManager[AsyncIterator[bytes]],
+    source: str,
+    stall_seconds: float = STALL_SECONDS,
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """Open the stream and iterate over it; raises SourceUnavailable when nothing arrives for `stall_seconds`.
 
@@ -24,19 +26,25 @@ async def watched(
     """
     with trio.move_on_after(stall_seconds) as scope:
         async with opening as stream:
-
-            async def pieces() -> AsyncIterator[bytes]:
-                iterator = aiter(stream)
-                while True:
-                    scope.deadline = trio.current_time() + stall_seconds
-                    try:
-                        piece = await anext(iterator)
-                    except StopAsyncIteration:
-                        return
-                    finally:
-                        scope.deadline = trio.current_time() + 3600.0  # the consumer has its own deadlines
-                    yield piece
-
-            yield pieces()
+            yield _Watched(stream, scope, stall_seconds)
     if scope.cancelled_caught:
         raise SourceUnavailable(f"{source}: nothing arrived for {stall_seconds:g} s")
+
+
+class _Watched:
+    """The stream, with a deadline that is set back while the consumer works."""
+
+    def __init__(self, stream: AsyncIterator[bytes], scope: trio.CancelScope, stall_seconds: float) -> None:
+        self._next = aiter(stream).__anext__
+        self._scope = scope
+        self._stall_seconds = stall_seconds
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._scope.deadline = trio.current_time() + self._stall_seconds
+        try:
+            return await self._next()
+        finally:
+            self._scope.deadline = float("inf")

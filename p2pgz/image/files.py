@@ -42,12 +42,14 @@ async def read_path(image: OpenImage, fetcher: ChunkFetcher, path: bytes) -> Asy
 
 async def read_digest(pool: Pool, fetcher: ChunkFetcher, digest: Digest) -> bytes:
     """A document (TOC, manifest, config) or chunk that is here, or a chunk of an image that is open here."""
-    document = pool.get_object(digest)
+    document = await pool.get_object(digest)
     if document is not None:
         return document
     place = pool.find(SHARED_DOMAIN, digest.raw) or _place_in_open_images(fetcher, digest)
     if place is None:
-        raise ImageNotFound(f"{digest}: not known here", hint="mount or `p2pgz ls` an image that has it first")
+        raise ImageNotFound(
+            f"{digest}: not known here", hint="mount or `p2pgz ls` an image that has it first"
+        )
     segment, n = place
     await fetcher.ensure_chunks(segment, segment.presence.missing(n, 1), Priority.BLOCKED_READ)
     return bytes(segment.view(n))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,12 +21,21 @@ import trio
 
 from p2pgz.core import indexdoc
 from p2pgz.core.digest import Digest
+from p2pgz.core.footer import FooterKind
 from p2pgz.core.layout import SegmentLayout
 from p2pgz.core.media import Descriptor, Manifest, parse_manifest_or_index
 from p2pgz.core.model import Toc
 from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference
-from p2pgz.core.tail import NeedExternal, NeedMore, NotLazy, Opened, open_external, open_layer_tail, tail_start
+from p2pgz.core.tail import (
+    NeedExternal,
+    NeedMore,
+    NotLazy,
+    Opened,
+    open_external,
+    open_layer_tail,
+    tail_start,
+)
 from p2pgz.core.toc import parse_toc
 from p2pgz.errors import ImageInvalid, ImageNotFound, P2pgzError, PoolFull
 from p2pgz.fetch.plain import stream_layer
@@ -34,12 +44,12 @@ from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool, Segment, SegmentMeta
 from p2pgz.pool.segment import SHARED_DOMAIN
 
-log = structlog.get_logger(logger="image")
+log = structlog.get_logger(component="image")
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 
 LAYERS: Final = "layers"
-PLAIN: Final = "plain"
+PLAIN: Final[Literal["plain"]] = "plain"
 # A TOC image's layer: the gzipped TOC of one layer. The TOC parser's own limits apply to what it inflates to.
 EXTERNAL_TOC_MAX_BYTES: Final = 128 << 20
 # stargz-snapshotter's "external TOC" feature: which layer a TOC image's layer belongs to
@@ -60,7 +70,7 @@ class _Facts(msgspec.Struct, frozen=True):
     """What `layers/KEY.json` remembers: enough to parse the kept TOC again."""
 
     document: str
-    kind: str
+    kind: FooterKind | Literal["plain"]
     compression: Literal["gzip", "zstd", "none"]
     payload_end: int
 
@@ -103,7 +113,9 @@ class LayerOpener:
             known = await self._known(descriptor)
             if known is not None:
                 return known
-            opened = await self._open_tail(reference, source, descriptor, allow_unverified=allow_unverified_toc)
+            opened = await self._open_tail(
+                reference, source, descriptor, allow_unverified=allow_unverified_toc
+            )
             if opened is None:
                 return await self._open_plain(source, descriptor, await diff_id(), progress)
         except P2pgzError as error:
@@ -115,7 +127,7 @@ class LayerOpener:
         """The layer as it was opened before, from the pool alone."""
         try:
             facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
-            data = self._pool.get_object(Digest.parse(facts.document))
+            data = await self._pool.get_object(Digest.parse(facts.document))
         except (OSError, msgspec.MsgspecError, P2pgzError):
             return None
         if data is None:
@@ -124,8 +136,10 @@ class LayerOpener:
         def parse() -> tuple[Toc, SegmentLayout]:
             toc = (
                 indexdoc.from_bytes(data).toc
-                if facts.kind == PLAIN
-                else parse_toc(data, kind=facts.kind, payload_end=facts.payload_end, blob_size=descriptor.size)
+                if facts.kind == "plain"
+                else parse_toc(
+                    data, kind=facts.kind, payload_end=facts.payload_end, blob_size=descriptor.size
+                )
             )
             return toc, SegmentLayout.build(toc, compression=facts.compression)
 
@@ -141,7 +155,7 @@ class LayerOpener:
         while True:
             tail = await self._fetch(source, descriptor, start, size)
             answer = await trio.to_thread.run_sync(
-                lambda tail=tail: open_layer_tail(tail, size, annotations, allow_unverified=allow_unverified)
+                partial(open_layer_tail, tail, size, annotations, allow_unverified=allow_unverified)
             )
             if not isinstance(answer, NeedMore):
                 break
@@ -176,15 +190,20 @@ class LayerOpener:
             found = await source.resolve(toc_reference)
         except ImageNotFound as error:
             raise ImageNotFound(
-                f"its TOC is in another image, {toc_reference}, which is not there", hint="push the TOC image beside it"
+                f"its TOC is in another image, {toc_reference}, which is not there",
+                hint="push the TOC image beside it",
             ) from error
-        manifest = parse_manifest_or_index(await source.document(found), found.media_type, where=str(toc_reference))
+        manifest = parse_manifest_or_index(
+            await source.document(found), found.media_type, where=str(toc_reference)
+        )
         if not isinstance(manifest, Manifest):
             raise ImageInvalid(f"{toc_reference} is an index, not a manifest of TOCs")
         for layer in manifest.layers:
             if layer.annotations.get(LAYER_DIGEST_ANNOTATION) == str(descriptor.digest):
                 if layer.size > EXTERNAL_TOC_MAX_BYTES:
-                    raise ImageInvalid(f"its TOC has {layer.size} bytes, the limit is {EXTERNAL_TOC_MAX_BYTES}")
+                    raise ImageInvalid(
+                        f"its TOC has {layer.size} bytes, the limit is {EXTERNAL_TOC_MAX_BYTES}"
+                    )
                 return await source.document(layer)
         raise ImageNotFound(f"{toc_reference} has no TOC for this layer")
 
@@ -249,8 +268,8 @@ class LayerOpener:
 
     def _facts_path(self, descriptor: Descriptor) -> Path:
         key = hashlib.sha256(
-            msgspec.json.encode([str(descriptor.digest), descriptor.size, sorted(descriptor.annotations.items())])
+            msgspec.json.encode(
+                [str(descriptor.digest), descriptor.size, sorted(descriptor.annotations.items())]
+            )
         )
         return self._facts / f"{key.hexdigest()}.json"
-
-

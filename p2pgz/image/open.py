@@ -18,6 +18,7 @@ import msgspec
 import structlog
 import trio
 
+from p2pgz.core.content import FileRef, content_key
 from p2pgz.core.digest import Digest
 from p2pgz.core.media import (
     MAX_INDEX_DEPTH,
@@ -35,15 +36,15 @@ from p2pgz.core.reference import Reference
 from p2pgz.errors import ImageInvalid, PoolFull, SourceUnavailable, StateError
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
-from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer
+from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer, domain_of
 from p2pgz.image.merge import LayerInput, merge_layers
 from p2pgz.image.treebuild import build_tree
 from p2pgz.image.treefile import TreeFile
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool
-from p2pgz.pool.segment import Segment
+from p2pgz.pool.segment import SHARED_DOMAIN, Segment
 
-log = structlog.get_logger(logger="image")
+log = structlog.get_logger(component="image")
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -51,6 +52,8 @@ Progress = Callable[[dict[str, Any]], Awaitable[None]]
 LAYERS_AT_A_TIME: Final = 16
 # Documents and TOCs; a registry that is silent longer than this is down for us. Plain layers have no deadline but stalls.
 OPEN_SECONDS: Final = 120.0
+# 2 us a key: a step of 4 ms
+LOOKUP_KEYS: Final = 2048
 TREES: Final = "trees"
 
 
@@ -135,7 +138,7 @@ class ImageOpener:
 
     async def _document(self, source: ImageSource, descriptor: Descriptor) -> bytes:
         """A document from the pool, or from the source and then kept."""
-        kept = self._pool.get_object(descriptor.digest)
+        kept = await self._pool.get_object(descriptor.digest)
         if kept is not None and len(kept) == descriptor.size:
             return kept
         document = await source.document(descriptor)
@@ -155,7 +158,7 @@ class ImageOpener:
             record = msgspec.json.decode(tree.info, type=ImageRecord)
             if any(layer.unverified for layer in record.layers) and not allow_unverified_toc:
                 return None
-            segments = [await self._pool.reopen_segment(digest) for digest in tree.segments]
+            segments = self._segments(tree, record)
         except FileNotFoundError:
             return None
         except (StateError, OSError, msgspec.MsgspecError) as error:
@@ -166,7 +169,10 @@ class ImageOpener:
             descriptor = blobs.get(Digest.parse(layer.blob))
             if descriptor is None:
                 return None
-            self._add_origin(await self._pool.reopen_segment(Digest.parse(layer.segment)), source, descriptor, layer)
+            segment = self._pool.segment(Digest.parse(layer.segment), domain_of(layer))
+            if segment is None:
+                return None
+            self._add_origin(segment, source, descriptor, layer)
         return self._finish(reference, manifest, tree, path, segments, record)
 
     async def _unknown(
@@ -181,24 +187,52 @@ class ImageOpener:
         inputs = [LayerInput(layer.toc, layer.layout.extents, layer.segment.id) for layer in layers]
         path = self._tree_path(manifest.digest)
 
-        def build() -> tuple[bytes, list[str]]:
+        shared = await self._shared_files(layers)
+
+        def build() -> tuple[bytes, ImageRecord]:
             merged = merge_layers(inputs)
             warnings = [text for layer in layers for text in layer.toc.warnings] + merged.warnings
             record = ImageRecord([layer.record for layer in layers], warnings)
-            info = msgspec.json.encode(record)
-            return build_tree(merged, shared_files=self._pool.shared_files, info=info), warnings
+            find = lambda keys: {key: shared[key] for key in keys if key in shared}  # noqa: E731
+            return build_tree(merged, shared_files=find, info=msgspec.json.encode(record)), record
 
-        data, warnings = await trio.to_thread.run_sync(build)
+        data, record = await trio.to_thread.run_sync(build)
         await trio.to_thread.run_sync(_write_tree, path, data)
-        for text in warnings:
+        for text in record.warnings:
             log.warning("image.warning", reference=str(reference), text=text)
         tree = _map_tree(path)
         for layer, descriptor in zip(layers, manifest.layers, strict=True):
             self._add_origin(layer.segment, source, descriptor, layer.record)
-        segments = [await self._pool.reopen_segment(digest) for digest in tree.segments]
-        return self._finish(
-            reference, manifest, tree, path, segments, ImageRecord([layer.record for layer in layers], warnings)
+        return self._finish(reference, manifest, tree, path, self._segments(tree, record), record)
+
+    async def _shared_files(self, layers: list[OpenLayer]) -> dict[bytes, FileRef]:
+        """Files of these layers that other segments hold completely, asked for in steps that do not stall the loop."""
+        own = {layer.segment.id for layer in layers}
+        keys = await trio.to_thread.run_sync(
+            lambda: list(
+                {content_key(entry.chunks) for layer in layers for entry in layer.toc.entries if entry.chunks}
+            )
         )
+        found: dict[bytes, FileRef] = {}
+        if all(layer.record.unverified for layer in layers):
+            return found
+        for start in range(0, len(keys), LOOKUP_KEYS):
+            found |= self._pool.lookup_files(SHARED_DOMAIN, keys[start : start + LOOKUP_KEYS])
+            await trio.lowlevel.checkpoint()
+        return {key: ref for key, ref in found.items() if ref.segment not in own}
+
+    def _segments(self, tree: TreeFile, record: ImageRecord) -> list[Segment]:
+        """The segments that a tree refers to, in its order; raises StateError when one is gone."""
+        domains = {layer.segment: domain_of(layer) for layer in record.layers}
+        segments = []
+        for digest in tree.segments:
+            segment = self._pool.segment(digest, domains.get(str(digest), SHARED_DOMAIN))
+            if segment is None:
+                raise StateError(
+                    f"segment {digest} is not in the pool any more", hint="the image is opened anew"
+                )
+            segments.append(segment)
+        return segments
 
     async def _open_layers(
         self,
@@ -236,7 +270,9 @@ class ImageOpener:
             raise _first_error(group) from group
         return [opened[descriptor.digest] for descriptor in manifest.layers]
 
-    def _add_origin(self, segment: Segment, source: ImageSource, descriptor: Descriptor, record: LayerRecord) -> None:
+    def _add_origin(
+        self, segment: Segment, source: ImageSource, descriptor: Descriptor, record: LayerRecord
+    ) -> None:
         self._fetcher.add_origin(
             Origin(segment=segment, source=source, descriptor=descriptor, streamed=record.streamed)
         )
@@ -280,8 +316,10 @@ class _LazyConfig:
         self._loaded = trio.Event()
 
     async def load(self) -> None:
-        document = await self._opener._document(self._source, self._manifest.config)  # noqa: SLF001  # same module
-        self._config = parse_config(document, len(self._manifest.layers), where=f"config {self._manifest.config.digest}")
+        document = await self._opener._document(self._source, self._manifest.config)  # same module
+        self._config = parse_config(
+            document, len(self._manifest.layers), where=f"config {self._manifest.config.digest}"
+        )
         self._loaded.set()
 
     async def diff_id(self, number: int) -> Digest:

@@ -21,7 +21,7 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.open import OpenImage
 from p2pgz.mount.session import FsHost, FsSession, SegmentFiles, SessionOptions
 
-log = structlog.get_logger(logger="mount")
+log = structlog.get_logger(component="mount")
 
 # A command that has asked for a mount fetches its descriptor within milliseconds; one that died never does
 CLAIM_SECONDS = 30.0
@@ -54,7 +54,9 @@ class Mount:
 class Mounts:
     """All mounts of this node, by id."""
 
-    def __init__(self, host: FsHost, fetcher: ChunkFetcher, nursery: trio.Nursery, config: FetchConfig) -> None:
+    def __init__(
+        self, host: FsHost, fetcher: ChunkFetcher, nursery: trio.Nursery, config: FetchConfig
+    ) -> None:
         self._host = host
         self._fetcher = fetcher
         self._nursery = nursery
@@ -151,7 +153,9 @@ class Mounts:
         for mounted in self._mounts.values():
             if mounted.options.directory == directory:
                 return mounted.image
-        raise ImageNotFound(f"{directory}: this node has no image mounted there", hint="`p2pgz status` lists the mounts")
+        raise ImageNotFound(
+            f"{directory}: this node has no image mounted there", hint="`p2pgz status` lists the mounts"
+        )
 
     def status(self) -> list[dict[str, Any]]:
         """One document per mount, for `p2pgz status`."""

@@ -1,4 +1,7 @@
-"""Logging: events with fields, JSON lines on standard error, text on a terminal. Never a line per successful read."""
+"""Logging: events with fields, JSON lines on standard error, text on a terminal. Never a line per successful read.
+
+Modules make their logger with `structlog.get_logger(component=…)`; processes call `set_up` once.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,3 @@ def set_up(level: str, *, text: bool | None = None) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-
-
-def get(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger whose events carry `logger=name`."""
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger(logger=name)
-    return logger

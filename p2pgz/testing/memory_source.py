@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -80,4 +80,5 @@ class MemorySource:
                         raise fault.error
                 yield data[at : at + self.piece_bytes]
 
-        yield pieces()
+        async with aclosing(pieces()) as stream:
+            yield stream

@@ -33,7 +33,7 @@ from p2pgz.errors import ConfigError, P2pgzError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-log = structlog.get_logger(logger="control")
+log = structlog.get_logger(component="control")
 
 REQUEST_MAX_BYTES = 1 << 20
 
@@ -131,7 +131,9 @@ async def _parse(request: Request, shape: type[Any]) -> Any:
     try:
         return msgspec.json.decode(body, type=shape)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"the request is not understood: {error}", hint="client and node differ in version?") from error
+        raise ConfigError(
+            f"the request is not understood: {error}", hint="client and node differ in version?"
+        ) from error
 
 
 def _line(event: dict[str, Any]) -> bytes:
@@ -142,7 +144,9 @@ def _line(event: dict[str, Any]) -> bytes:
 class _Streamed(Response):
     """An answer that a coroutine writes while it works; it is cancelled when the client goes away."""
 
-    def __init__(self, media_type: str, write: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]) -> None:
+    def __init__(
+        self, media_type: str, write: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
+    ) -> None:
         super().__init__(media_type=media_type)
         self._write = write
         del self.headers["content-length"]
@@ -171,9 +175,11 @@ async def _outcome(work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, A
         return {"event": "result", **await work()}
     except P2pgzError as error:
         return error_event(error)
-    except Exception as error:  # noqa: BLE001  # see above
+    except Exception as error:  # see above
         log.exception("control.bug")
-        return error_event(P2pgzError(f"internal error of the node: {error!r}", hint="its log has the details"))
+        return error_event(
+            P2pgzError(f"internal error of the node: {error!r}", hint="its log has the details")
+        )
 
 
 async def _events(
@@ -191,7 +197,9 @@ async def _events(
     return _Streamed("application/x-ndjson", write)
 
 
-async def _bytes(call: Callable[[Any], AsyncIterator[Buffer]], shape: type[Any], request: Request) -> Response:
+async def _bytes(
+    call: Callable[[Any], AsyncIterator[Buffer]], shape: type[Any], request: Request
+) -> Response:
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         async def work() -> dict[str, Any]:
             async for piece in call(await _parse(request, shape)):

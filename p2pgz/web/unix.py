@@ -17,7 +17,7 @@ import trio
 
 from p2pgz.errors import StateError
 
-log = structlog.get_logger(logger="control")
+log = structlog.get_logger(component="control")
 
 UNIX_PATH_MAX_BYTES = 107
 # a client that connects and says nothing
@@ -63,12 +63,17 @@ def listen(path: Path) -> trio.SocketListener:
 
 def peer_uid(sock: trio.socket.SocketType) -> int:
     """The user at the other end of a unix socket."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, uid, _ = struct.unpack(
+        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     return int(uid)
 
 
 async def serve(
-    listener: trio.SocketListener, handler: Handler, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    listener: trio.SocketListener,
+    handler: Handler,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve connections until cancelled; strangers are turned away, and no connection's failure ends the server."""
     limit = trio.CapacityLimiter(CONNECTIONS_MAX)
@@ -84,7 +89,7 @@ async def serve(
                 await handler(stream)
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # the client is gone
-            except Exception:  # noqa: BLE001  # a bug in one request must not end the node
+            except Exception:  # a bug in one request must not end the node
                 log.exception("control.bug")
 
     task_status.started()
