@@ -12,10 +12,13 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from p2pgz.core.digest import Digest
+from p2pgz.core.digest import SHA256_BYTES, Digest
 from p2pgz.core.model import Chunk
 
 _SIZE = struct.Struct("<Q")
+# Not sha256: a file of one chunk whose content is another file's list of sizes and digests would get that
+# file's key, and an image that has such a file could put it in the place of another image's.
+_PERSON = b"p2pgz file"
 
 
 class FileRef(NamedTuple):
@@ -39,7 +42,7 @@ def content_key(chunks: Sequence[Chunk]) -> bytes:
     """
     if len(chunks) == 1:
         return chunks[0].digest
-    hasher = hashlib.sha256()
+    hasher = hashlib.blake2b(digest_size=SHA256_BYTES, person=_PERSON)
     for chunk in chunks:
         hasher.update(_SIZE.pack(chunk.size) + chunk.digest)
     return hasher.digest()

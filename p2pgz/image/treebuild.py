@@ -173,7 +173,7 @@ class _Builder:
         last_index = 0
         for n, key in keys.items():
             place = places.get(key)
-            if place is None:
+            if place is None or place.chunk_count != len(rows[n].chunks):
                 found = merged.extent(numbers[n])
                 if found is None:
                     raise ImageInvalid(f"{rows[n].name!r} has chunks, but no place in its layer's segment")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import time
 
 import pytest
@@ -268,6 +269,18 @@ def test_content_key_tells_cuts_apart() -> None:
     whole, halves = file("x", "a").chunks, file("x", "a", chunk_count=2).chunks
     assert content_key(whole) == whole[0].digest
     assert content_key(halves) != content_key(halves[::-1])
+
+
+def test_file_made_of_another_files_digests_does_not_take_its_place() -> None:
+    victim = file("victim", chunk_count=2)
+    for size_format in ("<Q", ">Q"):
+        content = b"".join(struct.pack(size_format, chunk.size) + chunk.digest for chunk in victim.chunks)
+        assert content_key(victim.chunks) != hashlib.sha256(content).digest()
+    key = content_key(victim.chunks)
+    tree = TreeFile(
+        build_tree(merged([victim]), shared_files=lambda keys: {key: FileRef(Digest.of(b""), 0, 0, 1)})
+    )
+    assert tree.extent(tree.walk(b"victim")).chunk_count == 2
 
 
 def test_deep_trees_need_no_recursion() -> None:
