@@ -229,7 +229,7 @@ class Sources:
             ca_file=request.ca_file or registry.ca_file,
             hosts_dir=request.hosts_dir or registry.hosts_dir,
             docker_config=registry.docker_config,
-            user=request.user,
+            user=request.user or None,
         )
         key = (reference.transport, reference.host, reference.repository, reference.path, options)
         source = self._open.get(key)

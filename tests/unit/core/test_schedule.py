@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,7 +93,7 @@ def test_a_request_is_bounded_sorted_and_contains_its_seed(sizes, data):
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= absent
     assert ends[chosen[-1]] - offsets[seed] <= max(REQUEST_MAX_BYTES[Priority.BLOCKED_READ], sizes[seed])
-    for here, there in zip(chosen, chosen[1:], strict=False):
+    for here, there in pairwise(chosen):
         assert offsets[there] - ends[here] <= GAP_BYTES
         assert there in wanted or ends[there] - offsets[seed] <= window
 
@@ -111,10 +113,8 @@ def test_the_window_follows_rate_times_delay_within_bounds():
 
 def test_read_ahead_doubles_for_a_sequential_reader_and_stays_bounded():
     size = [64 * KIB] * 10_000
-    reads, position, amounts = SequentialReads(), 0, []
-    for _ in range(12):
-        amounts.append(reads.ahead(position, 1, size, lambda n: True))
-        position += 1
+    reads = SequentialReads()
+    amounts = [reads.ahead(position, 1, size, lambda n: True) for position in range(12)]
     assert amounts[0] == 0
     assert amounts[1] == READ_AHEAD_MIN_BYTES // (64 * KIB)
     assert amounts[2] == 2 * amounts[1]
