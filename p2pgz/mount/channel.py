@@ -47,7 +47,8 @@ class Kind(IntEnum):
     PING = 5
     """node → fs: are you there?"""
     PONG = 6
-    """fs → node: yes; `amount` is the number of requests without an answer"""
+    """fs → node: yes; `amount` is the number of requests without an answer, `segment` and `first` are how many look-ups
+    and reads the kernel has sent so far (modulo 2^32)"""
     OBSERVED = 7
     """fs → node: a file is read for the first time, by inode and chunk; only when the session asked for it"""
     READ_AHEAD = 8

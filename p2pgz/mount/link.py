@@ -46,6 +46,8 @@ class NodeLink:
         self.presences = presences
         self.demand = Demand()
         self.garbage = 0
+        self.lookups = 0
+        self.reads = 0
         self._deadline_seconds = read_deadline_seconds
         self._set_read_ahead = set_read_ahead
         self._socket: socket.socket | None = None
@@ -153,7 +155,8 @@ class NodeLink:
             case Kind.REPLY:
                 self.demand.replied(record.id, record.errno)
             case Kind.PING:
-                self.send([Record(Kind.PONG, amount=len(self.demand), id=record.id)])
+                lookups, reads = self.lookups & 0xFFFF_FFFF, self.reads & 0xFFFF_FFFF
+                self.send([Record(Kind.PONG, 0, 0, lookups, reads, len(self.demand), record.id)])
             case Kind.READ_AHEAD:
                 self._set_read_ahead(record.amount)
             case _:

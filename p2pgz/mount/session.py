@@ -36,7 +36,7 @@ from p2pgz.mount.spawner import Spawner
 
 __all__ = ["FsHost", "FsSession", "FsStats", "SegmentFiles", "SessionOptions"]
 
-log = structlog.get_logger("mount")
+log = structlog.get_logger(component="mount")
 
 START_SECONDS: Final = (
     20.0  # a start takes milliseconds; a loaded machine imports pyfuse3 and trio for seconds
@@ -67,6 +67,10 @@ class FsStats:
     """records that made no sense, and were ignored"""
     unanswered_in_fs: int = 0
     """requests without an answer, as of the last pong"""
+    lookups: int = 0
+    """names that the kernel asked for, as of the last pong (modulo 2^32)"""
+    reads: int = 0
+    """reads that the kernel sent, as of the last pong (modulo 2^32)"""
 
 
 class FsSession:
@@ -92,6 +96,7 @@ class FsSession:
         self._outbox: list[Record] = []
         self._clogged = trio.Event()
         self._heard_at = trio.current_time()
+        self._expects_exit = False
         self._exited = trio.Event()
         self._closed = trio.Event()
 
@@ -152,14 +157,16 @@ class FsSession:
                 await self._exited.wait()
         self._closed.set()
 
-    _expects_exit = False
-
-    def expect_exit(self) -> None:
-        """The zygote is the parent of this process and will report its end."""
+    def started(self, ready: Ready, mount_fd: int, exit_status: int | None) -> None:
+        """Our own child is ready, and may even have ended; the zygote reports that. For the host."""
+        self.pid, self.device = ready.pid, ready.device
+        self._mount_fd = mount_fd
         self._expects_exit = True
+        if exit_status is not None:
+            self.exited(exit_status)
 
     def exited(self, status: int) -> None:
-        """The process is gone."""
+        """The process is gone. For the host."""
         self.exit_status = status
         self._exited.set()
 
@@ -194,11 +201,12 @@ class FsSession:
                     waiting.cancel()
             case Kind.PONG:
                 self.stats.unanswered_in_fs = record.amount
+                self.stats.lookups, self.stats.reads = record.segment, record.first
                 event = self._pings.get(record.id)
                 if event is not None:
                     event.set()
             case Kind.HELLO:
-                pass
+                self.pid = self.pid or record.id
             case Kind.OBSERVED if record.segment < len(self.options.segments):
                 if self._observe is not None:
                     self._observe(record.id, record.segment, record.first, record.amount)
@@ -270,6 +278,10 @@ class FsSession:
             silent = self.silent_seconds > SILENT_SECONDS
 
 
+class _EndedEarlyError(MountUnavailable):
+    """The process that should have become an `fs` is gone without a word."""
+
+
 class FsHost:
     """All `fs` processes of a node. Made by `FsHost.open()`."""
 
@@ -278,7 +290,10 @@ class FsHost:
         self._run_path = run_path
         self._spawner = Spawner(nursery, self._note_exit)
         self._by_pid: dict[int, FsSession] = {}
-        self._early_exits: dict[int, int] = {}  # ended before their session knew its pid
+        self._starts = 0  # sessions that do not know their pid yet
+        self._early_exits: dict[
+            int, int
+        ] = {}  # processes that ended meanwhile: one of them may be such a session's
 
     @classmethod
     @asynccontextmanager
@@ -301,7 +316,15 @@ class FsHost:
         """
         if self._run_path is not None and not options.socket_path:
             options = msgspec.structs.replace(options, socket_path=self._run_path / f"fs-{token_hex(8)}.sock")
+        try:
+            return await self._start(options, ensure, observe)
+        except _EndedEarlyError:
+            # the zygote was killed with our request in its socket: the next one is a new process
+            return await self._start(options, ensure, observe)
+
+    async def _start(self, options: SessionOptions, ensure: Ensure, observe: Observe | None) -> FsSession:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._starts += 1
         try:
             with theirs:
                 await self._spawner.fork(theirs)
@@ -313,15 +336,15 @@ class FsHost:
                     f"the file system process was not ready in {START_SECONDS:.0f} s"
                 ) from None
             session = FsSession(ours, options, ensure, observe)
+            session.started(ready, mount_fd, self._early_exits.get(ready.pid))
         except BaseException:
             ours.close()
             raise
-        session._mount_fd = mount_fd
-        session.pid, session.device = ready.pid, ready.device
-        session.expect_exit()
+        finally:
+            self._starts -= 1
+            if not self._starts:
+                self._early_exits.clear()
         self._by_pid[ready.pid] = session
-        if ready.pid in self._early_exits:
-            session.exited(self._early_exits.pop(ready.pid))
         self._nursery.start_soon(self._live, session)
         return session
 
@@ -343,7 +366,7 @@ class FsHost:
         session = self._by_pid.get(pid)
         if session is not None:
             session.exited(status)
-        else:
+        elif self._starts:
             self._early_exits[pid] = status
 
     async def _live(self, session: FsSession) -> None:
@@ -361,7 +384,7 @@ class FsHost:
                     await relink.send(channel, datagram, fds)
                 message, fds = await relink.receive(channel)
             except (OSError, StateError) as error:
-                raise MountUnavailable(
+                raise _EndedEarlyError(
                     f"the file system process ended before it was ready: {error}", hint="its log says why"
                 ) from error
         if isinstance(message, Failed):

@@ -140,6 +140,7 @@ class TreeOperations(pyfuse3.Operations):
 
     @_guarded
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        self._link.lookups += 1
         ino = self._tree.lookup(parent, name)
         return self._entry(ino) if ino else self._absent
 
@@ -215,6 +216,7 @@ class TreeOperations(pyfuse3.Operations):
 
     @_guarded
     async def read(self, fh: int, off: int, size: int) -> Any:  # any buffer will do; pyfuse3 says bytes
+        self._link.reads += 1
         file = self._files.get(fh) or self._file(fh)
         end = min(off + size, file.size)
         if off >= end:
