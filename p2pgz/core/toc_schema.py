@@ -69,7 +69,7 @@ def decode_toc(toc_json: bytes) -> list[RawEntry]:
         raise ImageInvalid(f"TOC of {len(toc_json)} bytes is larger than {MAX_TOC_JSON_BYTES}")
     # The decoder has no limit of its own. Every entry has a brace, so this bounds what it may build (xattrs
     # and odd names have braces as well, hence the factor).
-    if toc_json.count(b"{") > 3 * MAX_TOC_ENTRIES:
+    if toc_json.count(b"{") > 2 * MAX_TOC_ENTRIES + 1:
         raise ImageInvalid(f"TOC has more than {MAX_TOC_ENTRIES} entries")
     try:
         raw = _DECODER.decode(toc_json)
