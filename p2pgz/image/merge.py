@@ -26,7 +26,8 @@ AUFS_PREFIX: Final = b".wh..wh."  # aufs kept its own books under such names; th
 SYMLINKS_MAX: Final = 40  # as Linux (MAXSYMLINKS)
 # Components of symlink targets walked in one merge. A real image needs a few thousand; without a limit a TOC
 # of 100 MB could ask for hours.
-LINK_STEPS_MAX: Final = 4_000_000
+LINK_STEPS_MAX: Final = 1_000_000
+PATH_COPIED_PER_STEP: Final = 64  # copying so many components of a path costs about one step
 IMPLIED: Final = -1
 
 
@@ -134,15 +135,16 @@ class _Applier:
                 old = children.get(name)
                 if isinstance(old, Directory):
                     old.entry = number
-                else:
-                    children[name] = Directory(number)
+                    continue
+                if old is not None:
+                    self._forget_paths()
+                children[name] = Directory(number)
                 continue
             if not name:
                 raise ImageInvalid(f"{self._where}: the root is a {kind}, not a directory")
-            if isinstance(children.get(name), Directory):
-                # paths below it lead elsewhere now
-                directories.clear()
-                directories[b""] = tree.root
+            old = children.get(name)
+            if old is not None and (isinstance(old, Directory) or tree.entries[old].kind == "symlink"):
+                self._forget_paths()
             if kind == "hardlink":
                 target = self._placed_before(entry.link) if entry.link != entry.name else None
                 if target is None:
@@ -224,6 +226,11 @@ class _Applier:
         self._directories[path] = trail[-1]
         return trail[-1]
 
+    def _forget_paths(self) -> None:
+        """Something on the way of paths was replaced: they may lead elsewhere now, and are looked up again."""
+        self._directories.clear()
+        self._directories[b""] = self._tree.root
+
     def _replace_or_follow(
         self, trail: list[Directory], parts: list[bytes], n: int, number: int
     ) -> list[Directory]:
@@ -245,6 +252,7 @@ class _Applier:
 
     def _own_kind(self, parts: list[bytes], n: int) -> str:
         """What this layer itself says about a path (the last word counts); empty if nothing."""
+        self._spend(n // PATH_COPIED_PER_STEP)
         if self._own_kinds is None:
             self._own_kinds = {entry.name: entry.kind for entry in self._entries}
         return self._own_kinds.get(b"/".join(parts[: n + 1]), "")
@@ -272,7 +280,7 @@ class _Applier:
                 if entry.link.startswith(b"/"):
                     del trail[1:]
                 parts = entry.link.split(b"/")
-                self._spend(len(parts))
+                self._spend(len(parts) + len(trail) // PATH_COPIED_PER_STEP)
                 todo += parts[::-1]
             if not todo:
                 break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from array import array
 from itertools import accumulate
 from typing import Final
@@ -47,7 +48,12 @@ def build_tree(merged: MergedTree, *, shared_files: SharedFiles | None = None, i
     A file whose chunks another segment holds, as `shared_files` says, is referred to there; of equal files in
     this image the first one's place is taken for all.
     """
-    return _Builder(merged).build(shared_files, info)
+    try:
+        return _Builder(merged).build(shared_files, info)
+    except (OverflowError, struct.error) as error:
+        raise ImageInvalid(
+            f"a number in the image's layers is beyond what file systems hold: {error}"
+        ) from error
 
 
 class _Builder:

@@ -128,6 +128,15 @@ def test_circle_that_made_directories_on_the_way_leaves_none() -> None:
     assert paths(tree) == ["a", "a/x"]
 
 
+def test_symlink_that_the_layer_replaces_is_not_followed_any_more() -> None:
+    lower = [file("usr/x"), directory("opt"), symlink("lib", "usr")]
+    with pytest.raises(ImageInvalid, match="below 'lib'"):
+        merged(lower, [file("lib/a"), symlink("lib", "opt"), file("lib/b")])
+    tree = tree_of(lower, [file("lib/a"), symlink("lib", "opt")])
+    assert paths(tree) == ["lib", "opt", "usr", "usr/a", "usr/x"]
+    assert tree.readlink(tree.walk(b"lib", follow=False)) == b"opt"
+
+
 def test_whiteout_through_a_lower_symlink() -> None:
     lower = [file("usr/lib/x"), symlink("lib", "usr/lib")]
     assert paths(tree_of(lower, [marker("lib/.wh.x")])) == ["lib", "usr", "usr/lib"]
@@ -226,6 +235,12 @@ def test_layer_that_contradicts_itself_is_refused(entries: list[Entry], what: st
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ImageInvalid, match="socket"):
         tree_of([Entry(name=b"s", kind="socket")])
+
+
+@pytest.mark.parametrize("number", [{"mtime": 2**63}, {"uid": 2**32}, {"gid": -1}, {"size": 2**64}])
+def test_numbers_beyond_their_width_are_refused(number: dict[str, int]) -> None:
+    with pytest.raises(ImageInvalid, match="beyond what file systems hold"):
+        tree_of([Entry(name=b"f", kind="reg", **number)])
 
 
 def test_attributes_of_overlayfs_are_data() -> None:
