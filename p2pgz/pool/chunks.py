@@ -1,6 +1,6 @@
-"""Chunk bytes on their way in and out of segments: adding, copying, checking again, removing.
+"""Chunk bytes on their way into segments: adding, copying, checking again.
 
-The base of `pool.Pool`, which adds opening, segments and objects. Every path to a presence bit is here: after
+The base of `removal` and `pool.Pool`. Every path to a presence bit is here: after
 the pwrite of a verified chunk, after a copy from one, after hashing what an earlier run left. Whoever touches
 a chunk's bytes claims it, so that a removal cannot punch a hole under a write or a copy.
 """
@@ -8,7 +8,7 @@ a chunk's bytes claims it, so that a removal cannot punch a hole under a write o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 import structlog
@@ -35,10 +35,6 @@ INLINE_BYTES = 64 << 10
 DISK_THREADS = 4
 # How many places of one chunk are looked at; common small files have hundreds
 PLACES_MAX = 16
-_PAGE_BYTES = 4096
-
-Acknowledge = Callable[[], Awaitable[None]]
-"""returns when no reply that reads the chunks is in flight any more"""
 
 
 class ChunkStore:
@@ -76,7 +72,7 @@ class ChunkStore:
             writes[n] = chunk.data
             if table.kind[n] == ChunkKind.ZEROS:
                 # its place is a hole, so it has to be what the hole reads as
-                if bytes(chunk.data).count(0) != len(chunk):
+                if not await _is_zeros(chunk):
                     raise ChunkCorrupt(
                         f"chunk {n} of segment {segment.id} is listed as zeros, but its digest is of other bytes",
                         hint="the TOC of the layer contradicts itself",
@@ -188,17 +184,30 @@ class ChunkStore:
         size = segment.table.size[n]
         if ChunkKind.ZEROS in (segment.table.kind[n], source.table.kind[m]):
             # nothing to copy from or to; the digest decides whether it is zeros
-            try:
-                chunk = verify(segment.table.digest(n), bytes(size), source="TOC")
-            except ChunkCorrupt:
-                return False
+            chunk = await self._verified(segment, n, lambda: bytes(size))
+        elif source is segment:
+            # not claimed both in turn: a removal of both would wait for us while we wait for it
+            offset = segment.table.segment_offset[m]
+            chunk = await self._verified(segment, n, lambda: read_fully(segment.data_fd, size, offset))
+        else:
+            return await self._copy_range(source, m, segment, n)
+        if chunk is not None:
             await self.add(segment, n, chunk)
-            return True
-        if source is segment:
-            # claimed together: one removal of both must not wait for us while we wait for it
-            data = bytes(source.view(m))
-            await self.add(segment, n, verify(segment.table.digest(n), data, source=str(source.path)))
-            return True
+        return chunk is not None
+
+    async def _verified(self, segment: Segment, n: int, read: Callable[[], bytes]) -> VerifiedChunk | None:
+        """Bytes from somewhere as chunk `n`, if that is what they are."""
+
+        def run() -> VerifiedChunk | None:
+            try:
+                return verify(segment.table.digest(n), read(), source=str(segment.path))
+            except (ChunkCorrupt, OSError):
+                return None
+
+        return await trio.to_thread.run_sync(run, limiter=self._limiter)
+
+    async def _copy_range(self, source: Segment, m: int, segment: Segment, n: int) -> bool:
+        size = segment.table.size[n]
         await source.claim([m])
         try:
             if not source.presence.has(m):
@@ -282,82 +291,6 @@ class ChunkStore:
         segment.on_record = record
         segment.held_bytes = held_bytes
 
-    async def remove_chunks(self, segment: Segment, chunks: Iterable[int], acknowledge: Acknowledge) -> int:
-        """Remove chunks and give their space back; returns how many bytes of them were held.
-
-        Bits first, then `acknowledge`, then the index with a full sync, then the holes: at no instant can a
-        reader, or a restart, take a hole for a chunk. When `acknowledge` fails they stay. Refuses segments
-        that were served as a native device, since a kernel may read those without asking us.
-        """
-        self._refuse_closed()
-        if segment.native_served:
-            raise StateError(f"segment {segment.id} was served natively: it can only be dropped as a whole")
-        wanted = set(chunks)
-        before = {n for n in wanted if segment.presence.has(n)}
-        lost_syncs = segment.lost_syncs
-        await segment.begin_removal(wanted)
-        try:
-            try:
-                await acknowledge()
-            except BaseException:
-                if segment.lost_syncs == lost_syncs:
-                    segment.presence.set_many(before)
-                raise
-            with trio.CancelScope(shield=True):
-                self._committer.drop(segment, wanted)
-                async with self._committer.committing:
-                    held = [n for n in wanted if segment.recorded(n) or n in before]
-                    await self._erase(segment, wanted, durable=True)
-                await trio.to_thread.run_sync(self._punch, segment, sorted(wanted), limiter=self._limiter)
-        finally:
-            segment.end_removal(wanted)
-        return segment.bytes_of(held)
-
-    def _punch(self, segment: Segment, chunks: list[int]) -> None:
-        try:
-            for offset, count in punch_ranges(segment, chunks):
-                self._disk.punch(segment.data_fd, offset, count)
-        except OSError as error:
-            log.error(
-                "pool.punch_failed",
-                file=str(segment.path),
-                reason=error.strerror,
-                effect="space is not freed",
-            )
-
-    async def drop_segment(self, segment: Segment, acknowledge: Acknowledge) -> None:
-        """Remove a whole segment that no mount uses: index first, then its files, unlinked and never punched.
-
-        The object must not be used afterwards. When `acknowledge` fails everything stays.
-        """
-        self._refuse_closed()
-        everything = range(segment.table.chunk_count)
-        before = [n for n in everything if segment.presence.has(n)]
-        await segment.begin_removal(everything)
-        try:
-            try:
-                await acknowledge()
-            except BaseException:
-                segment.presence.set_many(before)
-                raise
-            with trio.CancelScope(shield=True):
-                self._committer.drop(segment, everything)
-                self._committer.abandon(segment)
-                await self._shelf.forget(segment)
-        finally:
-            segment.end_removal(everything)
-        await self._committer.between_syncs(segment.close)
-
-    async def mark_native(self, segment: Segment) -> None:
-        """Remember, durably, that a kernel may read this file without asking us. To be called before it may."""
-        segment.native_served = True
-        await self._index.write(
-            lambda connection: connection.execute(
-                "UPDATE segments SET native_served = 1 WHERE row = ?", (segment.row,)
-            ),
-            durable=True,
-        )
-
     def _refuse_closed(self) -> None:
         if self._closed:
             raise StateError("the pool is closed")
@@ -368,18 +301,7 @@ class ChunkStore:
         self._counts["index_errors"] += 1
 
 
-def punch_ranges(segment: Segment, chunks: Iterable[int]) -> list[tuple[int, int]]:
-    """The byte ranges of chunks (ascending numbers), joined, with the padding after the last chunk of a file."""
-    table = segment.table
-    ranges: list[tuple[int, int]] = []
-    for n in chunks:
-        start = table.segment_offset[n]
-        end = start + table.size[n]
-        inside = n + 1 < table.chunk_count and table.segment_offset[n + 1] == end
-        if not inside:  # the next file begins on a page of its own
-            end = (end + _PAGE_BYTES - 1) // _PAGE_BYTES * _PAGE_BYTES
-        if ranges and sum(ranges[-1]) == start:
-            ranges[-1] = ranges[-1][0], end - ranges[-1][0]
-        elif end > start:
-            ranges.append((start, end - start))
-    return ranges
+async def _is_zeros(chunk: VerifiedChunk) -> bool:
+    if len(chunk) <= INLINE_BYTES:
+        return bytes(chunk.data).count(0) == len(chunk)
+    return await trio.to_thread.run_sync(lambda: bytes(chunk.data).count(0) == len(chunk))

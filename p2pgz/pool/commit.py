@@ -7,6 +7,7 @@ fsync behaviour of Linux since 4.13). Must never mark anything durable whose syn
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 
@@ -16,7 +17,7 @@ import trio
 
 from p2pgz.core.content import content_key
 from p2pgz.core.layout import FileExtent
-from p2pgz.core.model import Chunk
+from p2pgz.core.model import MAX_CHUNK_BYTES, Chunk
 from p2pgz.errors import P2pgzError
 from p2pgz.pool.disk import Disk
 from p2pgz.pool.index import Index
@@ -31,10 +32,13 @@ COMMIT_INTERVAL_SECONDS = 1.0
 COMMIT_BYTES = 64 << 20
 # Fetching waits for the disk beyond this, so that a slow one cannot gather dirty pages without end
 UNSYNCED_MAX_BYTES = 256 << 20
-# A content key of several chunks is a digest over 40-byte rows. A file that *is* such a list has the same
-# name, so small files of these sizes are not offered as content: no crafted file can then pass for another
-# one.
+# A content key of several chunks is a digest over rows of size (8 bytes, little-endian) and digest. A file
+# that *is* such a list has the same name, so what looks like one is not offered as content: it could pass for
+# another file.
 _KEY_ROW_BYTES = 40
+
+FileRow = tuple[bytes, int, int, int, int, int]
+"""key, segment row, segment offset, first chunk, chunk count, size"""
 
 
 class Committer:
@@ -209,30 +213,38 @@ def _record(
     return held
 
 
-def _complete_files(
-    segment: Segment, chunks: Iterable[int], record: Presence
-) -> Iterator[tuple[bytes | int, ...]]:
+def _complete_files(segment: Segment, chunks: Iterable[int], record: Presence) -> Iterator[FileRow]:
     seen = set()
     for n in chunks:
         extent = segment.file_of(n)
         if extent is None or extent.first_chunk in seen:
             continue
         seen.add(extent.first_chunk)
-        if record.has_range(extent.first_chunk, extent.chunk_count):
-            row = file_row(segment, extent)
-            if row is not None:
-                yield row
+        complete = record.has_range(extent.first_chunk, extent.chunk_count)
+        if complete and not _may_be_key_rows(segment, extent):
+            yield file_row(segment, extent)
 
 
-def file_row(segment: Segment, extent: FileExtent) -> tuple[bytes | int, ...] | None:
-    """The row of `files` for a file, or None for one that is not offered as content."""
+def _may_be_key_rows(segment: Segment, extent: FileExtent) -> bool:
+    size = segment.table.size[extent.first_chunk]
+    if extent.chunk_count > 1 or size % _KEY_ROW_BYTES or size == _KEY_ROW_BYTES:
+        return False
+    first_size = int.from_bytes(os.pread(segment.data_fd, 8, extent.segment_offset), "little")
+    return 0 < first_size <= MAX_CHUNK_BYTES
+
+
+def complete_files(segment: Segment, record: Presence) -> Iterator[FileRow]:
+    """The rows of all files of which every chunk is on record."""
+    return _complete_files(segment, segment.file_starts, record)
+
+
+def file_row(segment: Segment, extent: FileExtent) -> FileRow:
+    """The row of `files` for a file."""
     table = segment.table
     chunks = range(extent.first_chunk, extent.first_chunk + extent.chunk_count)
-    size = sum(table.size[n] for n in chunks)
-    if extent.chunk_count == 1 and size % _KEY_ROW_BYTES == 0 and size > _KEY_ROW_BYTES:
-        return None
     key = content_key([Chunk(table.digest(n), 0, table.size[n], 0, 0, 0) for n in chunks])
-    return (key, segment.row, extent.segment_offset, extent.first_chunk, extent.chunk_count, size)
+    size = sum(table.size[n] for n in chunks)
+    return key, segment.row, extent.segment_offset, extent.first_chunk, extent.chunk_count, size
 
 
 def erase(connection: apsw.Connection, segment: Segment, chunks: Collection[int], record: Presence) -> None:
@@ -247,7 +259,7 @@ def erase(connection: apsw.Connection, segment: Segment, chunks: Collection[int]
     )
     if segment.file_starts:
         extents = {extent for n in chunks if (extent := segment.file_of(n)) is not None}
-        rows = [row for extent in extents if (row := file_row(segment, extent)) is not None]
+        rows = [file_row(segment, extent) for extent in extents]
         connection.executemany(
             # another file of the segment with the same content may be the one on record
             "DELETE FROM files WHERE key = ? AND segment = ? AND first_chunk = ?",

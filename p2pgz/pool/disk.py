@@ -172,6 +172,38 @@ def write_durably(path: Path, data: Buffer) -> None:
 TEMPORARY_SUFFIX: Final = ".tmp"
 
 
+class Reserve:
+    """Room kept on the disk for the index, so that a pool that filled the disk can still restart and shrink."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def fill(self) -> None:
+        """Take the room, if there is enough; best effort. Blocks."""
+        if self._path.exists():
+            return
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, RESERVE_BYTES)
+            except OSError:
+                self._path.unlink()
+            finally:
+                os.close(fd)
+
+    def release(self) -> bool:
+        """Give the room up; false when it was given up before."""
+        try:
+            self._path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+# The log of a restart and some removals; SQLite's log stays below 4 MiB (1000 pages) in between
+RESERVE_BYTES: Final = 8 << 20
+
+
 def sync_directory(directory: Path) -> None:
     """Make creations, renames and removals in it durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

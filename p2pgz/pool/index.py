@@ -22,6 +22,7 @@ import structlog
 import trio
 
 from p2pgz.errors import PoolFull, StateError
+from p2pgz.pool.disk import Reserve
 
 log = structlog.get_logger(component="pool")
 T = TypeVar("T")
@@ -90,6 +91,7 @@ class SegmentRow(NamedTuple):
     table_digest: bytes
     file_starts: bytes
     present: bytes
+    held_bytes: int
     verified: bytes | None
     stamp: str
     native_served: int
@@ -111,7 +113,10 @@ class FileAt(NamedTuple):
 class Index:
     """An open index. Made by `Index.open`; `Index.in_memory` is for tests and fakes."""
 
-    def __init__(self, reader: apsw.Connection, writer: apsw.Connection, *, fresh: bool) -> None:
+    def __init__(
+        self, reader: apsw.Connection, writer: apsw.Connection, reserve: Reserve | None, *, fresh: bool
+    ) -> None:
+        self._reserve = reserve
         self._reader = reader
         self._writer = writer
         self._limiter = trio.CapacityLimiter(1)
@@ -121,15 +126,19 @@ class Index:
     @classmethod
     def open(cls, path: Path) -> Index:
         """Open or make the database at `path`. Blocks; call it in a thread. Raises StateError."""
-        fresh = not path.exists()
+        reserve = Reserve(path.with_name("index.reserve"))
         try:
-            writer = _connect(path)
-        except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as error:
-            _move_aside(path, error)
-            writer, fresh = _connect(path), True
+            writer, fresh = _open_or_begin(path)
+        except (PoolFull, StateError):
+            # a full disk shows as one or the other, since SQLite makes files when it opens a database
+            if not reserve.release():
+                raise
+            writer, fresh = _open_or_begin(path)
         reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         reader.set_busy_timeout(5000)
-        return cls(reader, writer, fresh=fresh)
+        index = cls(reader, writer, reserve, fresh=fresh)
+        index.take_reserve()
+        return index
 
     @classmethod
     def in_memory(cls) -> Index:
@@ -137,7 +146,12 @@ class Index:
         connection = apsw.Connection(":memory:")
         for _ in connection.execute(_SCHEMA):
             pass
-        return cls(connection, connection, fresh=True)
+        return cls(connection, connection, None, fresh=True)
+
+    def take_reserve(self) -> None:
+        """Keep some room on the disk for our own writes, now that there may be some. Blocks."""
+        if self._reserve is not None:
+            self._reserve.fill()
 
     def close(self) -> None:
         """Close the database, folding the log into it. Blocks."""
@@ -151,12 +165,21 @@ class Index:
         end.
         """
 
+        def attempt() -> T:
+            self._writer.pragma("synchronous", "FULL" if durable else "NORMAL")
+            with self._writer:
+                result = change(self._writer)
+            return result
+
         def run() -> T:
             with _named_errors():
-                self._writer.pragma("synchronous", "FULL" if durable else "NORMAL")
-                with self._writer:
-                    result = change(self._writer)
-            return result
+                try:
+                    return attempt()
+                except apsw.FullError:
+                    if self._reserve is None or not self._reserve.release():
+                        raise
+                    log.warning("index.reserve_used", effect="the disk is full; the pool has to shrink")
+                    return attempt()
 
         if self._writer is self._reader:
             await trio.lowlevel.checkpoint()
@@ -210,6 +233,15 @@ class Index:
                     yield FileAt(*row)
 
 
+def _open_or_begin(path: Path) -> tuple[apsw.Connection, bool]:
+    fresh = not path.exists()
+    try:
+        return _connect(path), fresh
+    except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as error:
+        _move_aside(path, error)
+        return _connect(path), True
+
+
 def _connect(path: Path) -> apsw.Connection:
     with _named_errors(pass_damage=True):
         connection = apsw.Connection(str(path))
@@ -231,8 +263,10 @@ def _connect(path: Path) -> apsw.Connection:
             return connection
         clean = list(connection.execute("SELECT value FROM facts WHERE name = 'clean'"))
         # after a clean stop nobody but us touched it; else look at every page before anything relies on one
-        if clean != [(1,)] and (found := connection.pragma("quick_check(1)")) != "ok":
-            raise apsw.CorruptError(str(found))
+        if clean != [(1,)]:
+            found = list(connection.execute("PRAGMA quick_check(1)"))
+            if found != [("ok",)]:
+                raise apsw.CorruptError(f"quick_check: {found}")
         return connection
 
 

@@ -22,10 +22,10 @@ from p2pgz.core.model import Chunk, ChunkKind
 from p2pgz.core.verify import VerifiedChunk, verify
 from p2pgz.errors import ChunkCorrupt, StateError
 from p2pgz.pool.catalog import Catalog
-from p2pgz.pool.chunks import Acknowledge, punch_ranges
 from p2pgz.pool.disk import Disk
 from p2pgz.pool.index import Index
 from p2pgz.pool.pool import PoolStats
+from p2pgz.pool.removal import Acknowledge, punch_ranges
 from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta, starts_of
 
 

@@ -1,8 +1,8 @@
 """`Pool`: verified chunks in, slices of mapped files out. The door of this package.
 
 Called by fetch (add, find, copy_from, revive: see `chunks`), by the layer opener (open_segment, objects,
-lookup_files), by node and eviction (remove_chunks, drop_segment, stats). `catalog` has images, tags, pins,
-mounts.
+lookup_files), by node and eviction (remove_chunks, drop_segment: see `removal`; stats). `catalog` has images,
+tags, pins, mounts.
 
 A presence bit means that the bytes are in the segment file and were verified in this boot. Adding: pwrite,
 bit, fdatasync in batches, index. Removing: bit, acknowledgement of those who reply from the map, index with a
@@ -27,10 +27,11 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout
 from p2pgz.errors import P2pgzError, StateError
 from p2pgz.pool.catalog import Catalog
-from p2pgz.pool.chunks import DISK_THREADS, ChunkStore
+from p2pgz.pool.chunks import DISK_THREADS
 from p2pgz.pool.commit import Committer
 from p2pgz.pool.disk import Disk, locked, mark_as_cache, named, refuse_unfit_file_system, sync_directory
 from p2pgz.pool.index import Index
+from p2pgz.pool.removal import ChunkRemoval
 from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta
 from p2pgz.pool.shelf import Shelf
 
@@ -60,7 +61,7 @@ class PoolStats:
     sync_failures: int
 
 
-class Pool(ChunkStore):
+class Pool(ChunkRemoval):
     """An open pool. Made by `Pool.open`; all calls belong to the trio loop that opened it, any number at a time."""
 
     def __init__(self, directory: Path, index: Index, disk: Disk, quota_bytes: int) -> None:

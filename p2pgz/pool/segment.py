@@ -27,7 +27,7 @@ from p2pgz.core.layout import FileExtent, SegmentLayout, SegmentTable
 from p2pgz.core.model import ChunkKind
 from p2pgz.errors import ChunkMissing, StateError
 from p2pgz.pool.disk import sync_directory, write_durably
-from p2pgz.pool.presence import Presence, iterate_bits
+from p2pgz.pool.presence import Presence
 
 SHARED_DOMAIN = "shared"
 DATA_SUFFIX = ".seg"
@@ -94,7 +94,7 @@ class Segment:
 
     def has_table(self, content: bytes) -> bool:
         """Whether these are the bytes of its table."""
-        return memoryview(self._table_buffer) == content
+        return self._table_buffer[:] == content  # comparing memoryviews goes item by item
 
     def recorded(self, n: int) -> bool:
         """Whether the index has chunk `n` here. Without its presence bit, `Pool.revive` it first."""
@@ -134,10 +134,10 @@ class Segment:
         size, kind = self.table.size, self.table.kind
         return sum(size[n] for n in chunks if kind[n] != ChunkKind.ZEROS)
 
-    def take_record(self, bitmap: bytes) -> None:
+    def take_record(self, bitmap: bytes, held_bytes: int) -> None:
         """Set what the index says is here."""
         self.on_record.load(bitmap)
-        self.held_bytes = self.bytes_of(iterate_bits(bitmap))
+        self.held_bytes = held_bytes
 
     async def claim(self, chunks: Collection[int]) -> None:
         """Keep chunks from being removed until `release`; waits while one of them is."""

@@ -23,7 +23,7 @@ import trio
 from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout, SegmentTable
 from p2pgz.errors import P2pgzError, StateError
-from p2pgz.pool.commit import erase, file_row
+from p2pgz.pool.commit import complete_files, erase
 from p2pgz.pool.disk import TEMPORARY_SUFFIX, named
 from p2pgz.pool.index import Index, SegmentRow
 from p2pgz.pool.presence import Presence, is_bitmap, iterate_bits
@@ -164,7 +164,7 @@ class Shelf:
         segment.native_served = bool(known.native_served)
         if not is_bitmap(known.present, segment.table.chunk_count):
             return
-        segment.take_record(known.present)
+        segment.take_record(known.present, known.held_bytes)
         if size < segment.table.segment_bytes:
             self._cut(segment, size)
         elif known.verified is not None and known.stamp == stamp_of(segment.data_fd):
@@ -215,7 +215,7 @@ class Shelf:
                 segment.presence.load(bytes(segment.presence.bitmap_bytes))
             elif size:
                 found = await trio.to_thread.run_sync(chunks_with_data, data_fd, table)
-                segment.take_record(found)
+                segment.take_record(found, segment.bytes_of(iterate_bits(found)))
                 if size < table.segment_bytes:
                     self._cut(segment, size)
                 segment.adopted = True
@@ -240,12 +240,9 @@ class Shelf:
                 )
                 if segment.adopted:  # nothing of it has been seen since; its files come with its chunks
                     return
-                for first in starts:
-                    extent = segment.file_of(first)
-                    if extent and record.has_range(extent.first_chunk, extent.chunk_count):
-                        row = file_row(segment, extent)
-                        if row:
-                            connection.execute("INSERT OR IGNORE INTO files VALUES(?, ?, ?, ?, ?, ?)", row)
+                connection.executemany(
+                    "INSERT OR IGNORE INTO files VALUES(?, ?, ?, ?, ?, ?)", complete_files(segment, record)
+                )
 
             await self._index.write(change)
 

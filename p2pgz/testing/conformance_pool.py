@@ -21,7 +21,7 @@ from p2pgz.pool.pool import SegmentMeta
 
 
 class Layer:
-    """A layer whose files are given as lists of chunks' bytes. `None`… there is none: a chunk of zeros is `bytes(n)`.
+    """A layer whose files are given as lists of chunks' bytes; the chunks numbered in `zeros` are listed as zeros.
 
     `chunks[n]` has the bytes of chunk n, in TOC order.
     """
@@ -52,7 +52,7 @@ class Layer:
         rng = random.Random(seed)
         return cls(
             [
-                [rng.randbytes(rng.randint(1, chunk_max_bytes)) for _ in range(rng.randint(1, 4))]
+                [rng.randbytes(rng.randint(1, chunk_max_bytes) | 1) for _ in range(rng.randint(1, 4))]
                 for _ in range(files)
             ],
             name=name,
