@@ -335,3 +335,9 @@ def test_symlinks_that_would_take_hours_are_refused(monkeypatch: pytest.MonkeyPa
     assert "d/n1" in paths(tree_of(lower, upper[:20]))
     with pytest.raises(ImageInvalid, match="too many symlinks"):
         merged(lower, upper)
+
+
+def test_file_that_its_segment_has_no_place_for_is_refused() -> None:
+    placeless = layer(file("f"))._replace(extents={})
+    with pytest.raises(ImageInvalid, match="no place"):
+        build_tree(merge_layers([placeless]))
