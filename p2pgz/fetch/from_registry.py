@@ -11,12 +11,14 @@ from typing import Literal
 
 import trio
 
+from p2pgz.core.layout import SegmentTable
 from p2pgz.core.members import MemberInflater
-from p2pgz.core.ranges import MemberPlan, RangePlan
+from p2pgz.core.ranges import MemberPlan, RangePlan, plan_ranges
 from p2pgz.core.verify import VerifiedChunk, verify
 from p2pgz.errors import ChunkCorrupt, P2pgzError
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.stall import watched
+from p2pgz.pool.pool import Pool, Segment
 
 # A thread hop costs about 60 us, inflating and hashing 64 KiB of compressed bytes about 300 us: below, it does not pay
 THREAD_FROM_BYTES = 64 << 10
@@ -38,11 +40,10 @@ async def fetch_range(
     Raises SourceUnavailable (and its kin) when the request itself breaks; chunks not reported by then were not fetched.
     `pace(count)` is awaited with the number of bytes received, before the next piece is read.
     """
-    assembly = _Assembly(origin)
     started = trio.current_time()
     first_byte_at = 0.0
     received = 0
-    members = _MemberFeed(origin, plan, assembly, landed, failed)
+    members = _MemberFeed(origin.segment.table, origin.source.name, plan, landed, failed)
     async with watched(
         origin.source.blob(origin.descriptor, plan.start, plan.end), origin.source.name
     ) as pieces:
@@ -59,17 +60,38 @@ async def fetch_range(
         origin.link.sample(first_byte_at - started, received, body_seconds)
 
 
+async def harvest(pool: Pool, segment: Segment, data: bytes, start: int, *, source: str) -> int:
+    """Keep the chunks whose bytes are all in `data`, which is what stands in the blob from offset `start` on.
+
+    The request for a layer's tail often brings a good part of a small layer, or all of it. Returns how many chunks were
+    kept; damaged ones are left to be fetched.
+    """
+    table = segment.table
+    inside = [n for n in segment.presence.missing(0, table.chunk_count) if table.blob_offset[n] >= start]
+    kept = 0
+
+    async def landed(n: int, chunk: VerifiedChunk) -> None:
+        nonlocal kept
+        await pool.add(segment, n, chunk)
+        kept += 1
+
+    for plan in plan_ranges(table, inside, gap_bytes=len(data), max_bytes=len(data)):
+        if plan.end <= start + len(data):
+            members = _MemberFeed(table, source, plan, landed, lambda n, error: None)
+            await members.feed(data[plan.start - start : plan.end - start])
+    return kept
+
+
 class _MemberFeed:
     """Cuts the response into members and gives each to its inflater; a broken member does not hurt its neighbours."""
 
     def __init__(
-        self, origin: Origin, plan: RangePlan, assembly: _Assembly, landed: Landed, failed: Failed
+        self, table: SegmentTable, name: str, plan: RangePlan, landed: Landed, failed: Failed
     ) -> None:
-        compression = origin.segment.table.compression
-        if compression == "none":
+        if table.compression == "none":
             raise ValueError("a plain layer has no members: it is streamed")
-        self._compression: Literal["gzip", "zstd"] = compression
-        self._assembly = assembly
+        self._compression: Literal["gzip", "zstd"] = table.compression
+        self._assembly = _Assembly(table, name)
         self._landed = landed
         self._failed = failed
         self._members = iter(plan.members)
@@ -141,9 +163,9 @@ class _MemberFeed:
 class _Assembly:
     """Joins the pieces of chunks that have several (legacy stargz files of many parts) and verifies every chunk."""
 
-    def __init__(self, origin: Origin) -> None:
-        self._table = origin.segment.table
-        self._name = origin.source.name
+    def __init__(self, table: SegmentTable, name: str) -> None:
+        self._table = table
+        self._name = name
         self._parts: dict[int, dict[int, bytes]] = {}
 
     def add(self, n: int, piece_no: int, payload: bytes) -> VerifiedChunk | ChunkCorrupt | None:

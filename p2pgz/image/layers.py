@@ -38,6 +38,7 @@ from p2pgz.core.tail import (
 )
 from p2pgz.core.toc import parse_toc
 from p2pgz.errors import ImageInvalid, ImageNotFound, P2pgzError, PoolFull
+from p2pgz.fetch.from_registry import harvest
 from p2pgz.fetch.plain import stream_layer
 from p2pgz.fetch.stall import watched
 from p2pgz.pool.disk import write_durably
@@ -90,6 +91,26 @@ def domain_of(record: LayerRecord) -> str:
     return f"unverified-{record.blob.removeprefix('sha256:')}" if record.unverified else SHARED_DOMAIN
 
 
+class _Tail:
+    """The last bytes of a blob, as far as they have been fetched."""
+
+    def __init__(self, source: ImageSource, descriptor: Descriptor) -> None:
+        self.source = source
+        self.descriptor = descriptor
+        self.start = descriptor.size
+        self.data = b""
+
+    async def extend(self, start: int) -> None:
+        """Fetch what is missing from `start` on; raises ImageInvalid when that is nothing."""
+        if start >= self.start and self.descriptor.size:
+            raise ImageInvalid("the footer asks for a TOC that is not there")
+        if start < self.start:
+            blob = self.source.blob(self.descriptor, start, self.start)
+            async with watched(blob, self.source.name) as pieces:
+                self.data = b"".join([piece async for piece in pieces]) + self.data
+            self.start = start
+
+
 class LayerOpener:
     """Opens layers of any format."""
 
@@ -110,20 +131,25 @@ class LayerOpener:
     ) -> OpenLayer:
         """Open one layer; raises ImageInvalid that names it, or what the source raises."""
         try:
-            known = await self._known(descriptor)
+            known = await self._known(descriptor, diff_id)
             if known is not None:
                 return known
-            opened = await self._open_tail(
-                reference, source, descriptor, allow_unverified=allow_unverified_toc
-            )
+            tail = _Tail(source, descriptor)
+            opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
             if opened is None:
                 return await self._open_plain(source, descriptor, await diff_id(), progress)
+            layer = await self._keep_lazy(descriptor, opened)
+            await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
+        except PoolFull:
+            raise
         except P2pgzError as error:
             error.what = f"layer {descriptor.digest} of {reference}: {error.what}"
             raise
-        return await self._keep_lazy(descriptor, opened)
+        return layer
 
-    async def _known(self, descriptor: Descriptor) -> OpenLayer | None:
+    async def _known(
+        self, descriptor: Descriptor, diff_id: Callable[[], Awaitable[Digest]]
+    ) -> OpenLayer | None:
         """The layer as it was opened before, from the pool alone."""
         try:
             facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
@@ -144,39 +170,32 @@ class LayerOpener:
             return toc, SegmentLayout.build(toc, compression=facts.compression)
 
         toc, layout = await trio.to_thread.run_sync(parse)
+        if facts.kind == "plain" and toc.digest != await diff_id():
+            return None  # another image's config lies about this blob, or ours does: read it and say so
         return await self._finish(descriptor, toc, layout, facts.kind, unverified=False)
 
-    async def _open_tail(
-        self, reference: Reference, source: ImageSource, descriptor: Descriptor, *, allow_unverified: bool
-    ) -> Opened | None:
+    async def _open_tail(self, reference: Reference, tail: _Tail, *, allow_unverified: bool) -> Opened | None:
         """The layer by its footer; None for a plain one."""
+        descriptor = tail.descriptor
         size, annotations = descriptor.size, descriptor.annotations
-        start = tail_start(size)
+        await tail.extend(tail_start(size))
         while True:
-            tail = await self._fetch(source, descriptor, start, size)
             answer = await trio.to_thread.run_sync(
-                partial(open_layer_tail, tail, size, annotations, allow_unverified=allow_unverified)
+                partial(open_layer_tail, tail.data, size, annotations, allow_unverified=allow_unverified)
             )
             if not isinstance(answer, NeedMore):
                 break
-            if answer.start >= start:
-                raise ImageInvalid("the footer asks for a TOC that is not there")
-            start = answer.start
+            await tail.extend(answer.start)
         if isinstance(answer, NotLazy):
             return None
         if isinstance(answer, NeedExternal):
-            footer = answer.footer
-            blob = await self._external_toc(reference, source, descriptor)
+            blob = await self._external_toc(reference, tail.source, descriptor)
             return await trio.to_thread.run_sync(
-                lambda: open_external(footer, size, blob, annotations, allow_unverified=allow_unverified)
+                partial(
+                    open_external, answer.footer, size, blob, annotations, allow_unverified=allow_unverified
+                )
             )
         return answer
-
-    async def _fetch(self, source: ImageSource, descriptor: Descriptor, start: int, end: int) -> bytes:
-        if start >= end:
-            return b""
-        async with watched(source.blob(descriptor, start, end), source.name) as pieces:
-            return b"".join([piece async for piece in pieces])
 
     async def _external_toc(self, reference: Reference, source: ImageSource, descriptor: Descriptor) -> bytes:
         """The blob that holds the TOC of a layer: a layer of the image tagged TAG-esgztoc."""

@@ -191,8 +191,7 @@ class ImageOpener:
 
         def build() -> tuple[bytes, ImageRecord]:
             merged = merge_layers(inputs)
-            warnings = [text for layer in layers for text in layer.toc.warnings] + merged.warnings
-            record = ImageRecord([layer.record for layer in layers], warnings)
+            record = ImageRecord([layer.record for layer in layers], merged.warnings)
             find = lambda keys: {key: shared[key] for key in keys if key in shared}  # noqa: E731
             return build_tree(merged, shared_files=find, info=msgspec.json.encode(record)), record
 

@@ -45,6 +45,10 @@ class Bench:
         )
 
 
+async def no_progress_needed():
+    await trio.lowlevel.checkpoint()
+
+
 @asynccontextmanager
 async def bench(tmp_path, vector="basic.esgz64k", *, deadline=5.0, blob=None, annotations=None, **limits):
     expected = expected_document(VECTORS / "expected" / f"{vector}.json")
@@ -84,6 +88,11 @@ async def bench(tmp_path, vector="basic.esgz64k", *, deadline=5.0, blob=None, an
                 segment=layer.segment, source=source, descriptor=descriptor, streamed=layer.record.streamed
             )
         )
+        await pool.flush()
+        if not limits.get("keep_harvest"):
+            await pool.remove_chunks(
+                layer.segment, range(layer.segment.table.chunk_count), no_progress_needed
+            )
         source.requests.clear()
         yield Bench(pool, fetcher, source, layer, descriptor)
         nursery.cancel_scope.cancel()
@@ -106,6 +115,11 @@ async def bench(tmp_path, vector="basic.esgz64k", *, deadline=5.0, blob=None, an
 async def test_every_chunk_of_every_format_arrives_and_is_right(tmp_path, vector):
     async with bench(tmp_path, vector) as b:
         await b.fetcher.ensure(b.segment, 0, b.table.chunk_count, Priority.BLOCKED_READ)
+        assert b.everything_is_right()
+
+
+async def test_the_request_for_the_tail_of_a_small_layer_brings_its_chunks_along(tmp_path):
+    async with bench(tmp_path, keep_harvest=True) as b:
         assert b.everything_is_right()
 
 
@@ -212,6 +226,8 @@ async def test_equal_chunks_of_another_segment_are_copied_not_fetched(tmp_path):
             allow_unverified_toc=False,
             progress=None,
         )
+        await b.pool.flush()
+        await b.pool.remove_chunks(layer.segment, range(layer.segment.table.chunk_count), no_progress_needed)
         b.fetcher.add_origin(Origin(segment=layer.segment, source=b.source, descriptor=descriptor))
         b.source.requests.clear()
         await b.fetcher.ensure(layer.segment, 0, layer.segment.table.chunk_count, Priority.BLOCKED_READ)
