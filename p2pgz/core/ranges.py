@@ -117,13 +117,14 @@ def _without_overlaps(runs: list[_Run]) -> list[list[_Run]]:
             shared.setdefault(run.start, []).append(run)
         else:
             passes.append([run])
+    taken = len(passes)
     for group in shared.values():
-        _spread(group, passes, first_pass_count=len(passes))
+        _spread(group, passes, taken)
     return [runs for runs in passes if runs]
 
 
-def _spread(group: list[_Run], passes: list[list[_Run]], *, first_pass_count: int) -> None:
-    """Give the chunks of one member to the passes, the first where they fit: colours of an interval graph."""
+def _spread(group: list[_Run], passes: list[list[_Run]], taken: int) -> None:
+    """Give the chunks of one member to pass 0 and those from `taken` on: colours of an interval graph."""
     group.sort(key=lambda run: (run.pieces[0][2].inner, run.pieces[0][2].size))
     free_from = [(0, 0)]  # (inner offset up to which the pass is taken, number of the pass)
     opened = 0
@@ -136,7 +137,7 @@ def _spread(group: list[_Run], passes: list[list[_Run]], *, first_pass_count: in
         if free_from[0][0] <= inner:
             _, number = heapq.heappop(free_from)
         else:
-            number = first_pass_count + opened
+            number = taken + opened
             opened += 1
             if number == len(passes):
                 passes.append([])

@@ -97,3 +97,12 @@ def test_malformed_tables_are_refused() -> None:
     ):
         with pytest.raises(StateError, match="segment table"):
             SegmentTable(bad)
+
+
+def test_find_by_digest() -> None:
+    table = SegmentTable(SegmentLayout.build(TOC, compression="gzip").to_bytes())
+    for n in range(table.chunk_count):
+        assert table.find(table.digest(n)) == n
+    assert table.find(bytes(32)) is None
+    # the bytes of two digests hold others that are no chunk's
+    assert table.find(table.digest(0)[16:] + table.digest(1)[:16]) is None

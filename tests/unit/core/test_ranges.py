@@ -90,3 +90,8 @@ def test_whole_file_chunk_that_shares_a_member() -> None:
 def test_many_overlaps_take_no_quadratic_time() -> None:
     table = table_of(*(chunk(100, 200, inner, 1 << 20) for inner in range(5000)))
     assert len(plan_ranges(table, range(5000), **ALL)) == 5000
+
+
+def test_passes_are_shared_between_members() -> None:
+    table = table_of(*(chunk(offset, offset + 100, inner, 10) for offset in (100, 200) for inner in (0, 5)))
+    assert passes(plan_ranges(table, range(4), **ALL)) == [[0, 2], [1, 3]]
