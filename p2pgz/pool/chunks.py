@@ -7,6 +7,7 @@ a chunk's bytes claims it, so that a removal cannot punch a hole under a write o
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ log = structlog.get_logger(component="pool")
 INLINE_BYTES = 64 << 10
 # Threads for chunk bytes: two saturate the hash on two cores, the others wait for the disk
 DISK_THREADS = 4
+# The loop is to answer within 10 ms
+INLINE_SECONDS = 0.002
 # How many places of one chunk are looked at; common small files have hundreds
 PLACES_MAX = 16
 
@@ -49,6 +52,7 @@ class ChunkStore:
         self._committer = committer
         self._limiter = limiter
         self._closed = False
+        self._gave_way = 0.0
         self._counts: Counter[str] = Counter()
 
     async def add(self, segment: Segment, n: int, chunk: VerifiedChunk) -> None:
@@ -87,6 +91,13 @@ class ChunkStore:
         self._counts["added_chunks"] += len(writes)
         self._counts["added_bytes"] += segment.bytes_of(writes)
         await self._committer.wait_for_room()
+        # small chunks are written without a thread; giving way after each would cost as much as the write
+        now = time.monotonic()
+        if now - self._gave_way >= INLINE_SECONDS:
+            await trio.lowlevel.checkpoint()
+            self._gave_way = time.monotonic()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _store(self, segment: Segment, chunks: Collection[int], write: Callable[[int], None]) -> None:
         """Write each chunk, set its bit, and hand it to the committer."""
@@ -107,7 +118,7 @@ class ChunkStore:
             # a sync that failed while we wrote may have been about our pages: write them again
             while failures != segment.lost_syncs:
                 failures = segment.lost_syncs
-                if segment.bytes_of(chunks) > INLINE_BYTES:
+                if segment.bytes_of(chunks) > INLINE_BYTES or self._committer.syncing:
                     await trio.to_thread.run_sync(write_all, limiter=self._limiter)
                 else:
                     write_all()

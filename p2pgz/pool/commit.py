@@ -30,6 +30,8 @@ log = structlog.get_logger(component="pool")
 # for small chunks when done one by one)
 COMMIT_INTERVAL_SECONDS = 1.0
 COMMIT_BYTES = 64 << 20
+# and of many small ones, because about 2 us of work for each is done on the event loop
+COMMIT_CHUNKS = 4096
 # Fetching waits for the disk beyond this, so that a slow one cannot gather dirty pages without end
 UNSYNCED_MAX_BYTES = 256 << 20
 # A content key of several chunks is a digest over rows of size (8 bytes, little-endian) and digest. A file
@@ -56,6 +58,8 @@ class Committer:
         self._flushing = trio.Lock()
         self.committing = trio.Lock()
         """held from the last look at presence bits to the end of the index transaction that relies on it"""
+        self.syncing = False
+        """a sync is running: even small writes may wait for the journal, so they go to a thread"""
         self.unsynced_bytes = 0
         self.sync_failures = 0
         self.commits = 0
@@ -69,7 +73,7 @@ class Committer:
         self._fresh[segment.domain, segment.table.digest(n)] = (segment, n)
         self.unsynced_bytes += size
         self._some.set()
-        if self.unsynced_bytes >= COMMIT_BYTES:
+        if self.unsynced_bytes >= COMMIT_BYTES or len(self._fresh) >= COMMIT_CHUNKS:
             self._full.set()
 
     def find(self, domain: str, digest: bytes) -> tuple[Segment, int] | None:
@@ -127,6 +131,7 @@ class Committer:
         self.unsynced_bytes -= segment.unsynced_bytes
         segment.unsynced_bytes = 0
         try:
+            self.syncing = True
             await trio.to_thread.run_sync(self._disk.fdatasync, segment.data_fd, limiter=self._limiter)
         except OSError as error:
             # also what was written while the sync ran: the failure may have been of its pages
@@ -139,6 +144,8 @@ class Committer:
             self.drop(segment, lost)
             log.error("pool.sync_failed", file=str(segment.path), reason=error.strerror, chunks=len(lost))
             return []
+        finally:
+            self.syncing = False
         return batch
 
     def drop(self, segment: Segment, chunks: Collection[int]) -> None:

@@ -100,16 +100,6 @@ class SegmentRow(NamedTuple):
 _SELECT_SEGMENTS: Final = "SELECT " + ", ".join(SegmentRow._fields) + " FROM segments"  # noqa: S608  # names of ours
 
 
-class FileAt(NamedTuple):
-    """A row of `files`: a complete file in the segment of that row."""
-
-    key: bytes
-    segment: int
-    segment_offset: int
-    first_chunk: int
-    chunk_count: int
-
-
 class Index:
     """An open index. Made by `Index.open`; `Index.in_memory` is for tests and fakes."""
 
@@ -219,8 +209,8 @@ class Index:
         )
         return [(segment, n) for segment, n in self.rows(sql, (digest, domain, limit))]
 
-    def files(self, keys: Iterable[bytes]) -> Iterator[FileAt]:
-        """The rows of `files` with these keys."""
+    def files(self, keys: Iterable[bytes]) -> Iterator[tuple[bytes, int, int, int, int]]:
+        """Complete files by content: (key, segment row, segment offset, first chunk, chunk count)."""
         if not self.rows("SELECT 1 FROM files LIMIT 1"):
             return
         wanted = list(keys)
@@ -228,9 +218,7 @@ class Index:
             part = wanted[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
             sql = "SELECT key, segment, segment_offset, first_chunk, chunk_count FROM files WHERE key IN"
-            with _named_errors():
-                for row in self._reader.execute(f"{sql} ({marks})", part):
-                    yield FileAt(*row)
+            yield from self.rows(f"{sql} ({marks})", part)
 
 
 def _open_or_begin(path: Path) -> tuple[apsw.Connection, bool]:

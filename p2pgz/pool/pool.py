@@ -160,20 +160,27 @@ class Pool(ChunkRemoval):
         read is fetched again, from the origin of the segment that holds it.
         """
         found: dict[bytes, FileRef] = {}
+        complete: dict[int, tuple[Segment, bool] | None] = {}
         try:
             for key, row, segment_offset, first_chunk, chunk_count in self._index.files(keys):
-                segment = self._shelf.by_row(row)
-                if (
-                    segment is not None
-                    and segment.domain == domain
-                    and key not in found
-                    and first_chunk + chunk_count <= segment.table.chunk_count
-                    and segment.on_record.has_range(first_chunk, chunk_count)
-                ):
+                if row not in complete:
+                    complete[row] = self._holds(domain, row)
+                holder = complete[row]
+                if holder is None:
+                    continue
+                segment, whole = holder
+                # what a damaged file lost is off the record, though the index may still offer it
+                if whole or segment.holds(first_chunk, chunk_count):
                     found[key] = FileRef(segment.id, segment_offset, first_chunk, chunk_count)
         except StateError as error:
             self._complain_once(error)
         return found
+
+    def _holds(self, domain: str, row: int) -> tuple[Segment, bool] | None:
+        segment = self._shelf.by_row(row)
+        if segment is None or segment.domain != domain:
+            return None
+        return segment, segment.holds(0, segment.table.chunk_count)
 
     async def put_object(self, digest: Digest, data: bytes, *, domain: str = SHARED_DOMAIN) -> None:
         """Keep a TOC, manifest or config under its digest. Raises PoolFull, StateError."""

@@ -100,6 +100,10 @@ class Segment:
         """Whether the index has chunk `n` here. Without its presence bit, `Pool.revive` it first."""
         return self.on_record.has(n)
 
+    def holds(self, first: int, count: int) -> bool:
+        """Whether these chunks exist and all of them are on record."""
+        return first + count <= self.table.chunk_count and self.on_record.has_range(first, count)
+
     def view(self, n: int) -> memoryview:
         """The bytes of chunk `n`, not copied; raises ChunkMissing when it is not present."""
         if not self.presence.has(n):
