@@ -61,13 +61,17 @@ MAX_CONFIG_BYTES = 8 << 20  # histories of generated images reach some hundred K
 MAX_LAYERS = 512  # overlayfs ends at 500 lower directories, docker at 127 layers
 MAX_INDEX_DEPTH = 3  # an index may name indexes; nobody does so twice
 MAX_SIZE_BYTES = (1 << 63) - 1  # descriptors' sizes are int64
+SIZE_UNKNOWN = -1  # of a document that was asked for by digest and not seen yet; its digest alone vouches for it
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
-    """What a document says about a blob: where it is is the business of a source."""
+    """What a document says about a blob: where it is is the business of a source.
+
+    What a person asked for by digest has no media type and SIZE_UNKNOWN until the document is there.
+    """
 
     media_type: str
     digest: Digest
@@ -117,7 +121,7 @@ class ImageConfig:
 
 def check_document(descriptor: Descriptor, data: bytes, *, where: str = "document") -> None:
     """Raise ImageInvalid unless `data` is what the descriptor promises."""
-    if len(data) != descriptor.size:
+    if len(data) != descriptor.size != SIZE_UNKNOWN:
         raise ImageInvalid(
             f"{where}: {descriptor.digest} has {len(data)} bytes, its descriptor says {descriptor.size}"
         )
