@@ -32,7 +32,8 @@ from p2pgz.core.toc import PREFETCH_LANDMARK
 from p2pgz.errors import ConfigError, ImageInvalid
 
 LayerFormat = Literal["estargz", "zstd:chunked"]
-DEFAULT_LEVELS = {"estargz": 6, "zstd:chunked": 3}
+# libdeflate 4: 0.975 of the bytes of Go's gzip at 6 (a python image) in a quarter of the time; zstd 3 is zstd's default
+DEFAULT_LEVELS = {"estargz": 4, "zstd:chunked": 3}
 _LEVELS = {"estargz": range(1, 13), "zstd:chunked": range(1, 23)}  # libdeflate's and zstd's
 MIN_CHUNK_BYTES = 64 << 10  # every chunk is a member, a digest and 150 bytes of TOC
 MAX_CHUNK_BYTES = 64 << 20  # readers hold a chunk in memory

@@ -194,8 +194,9 @@ class LayerWriter:
             UNCOMPRESSED_SIZE_ANNOTATION: str(self._packer.stream_bytes),
         }
         return WrittenLayer(
-            digest=Digest(self._packer.blob_digest), size=self._packer.blob_bytes, diff_id=Digest(self._packer.stream_digest),
-            stream_bytes=self._packer.stream_bytes, toc_digest=toc_digest, annotations=common | annotations,
+            digest=Digest(self._packer.blob_digest), size=self._packer.blob_bytes,
+            diff_id=Digest(self._packer.stream_digest), stream_bytes=self._packer.stream_bytes,
+            toc_digest=toc_digest, annotations=common | annotations,
             warnings=tuple(self.warnings),
         )  # fmt: skip
 
