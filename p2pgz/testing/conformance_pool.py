@@ -66,7 +66,7 @@ class Layer:
         """All of them."""
         return [(n, self.verified(n)) for n in range(len(self.chunks))]
 
-    def keys(self) -> list[bytes]:
+    def file_keys(self) -> list[bytes]:
         """The content keys of its files."""
         return [content_key(entry.chunks) for entry in self.toc.entries if entry.chunks]
 
@@ -235,21 +235,21 @@ async def removed_chunks_are_gone_and_can_come_back(pool: Any) -> None:
 async def complete_files_are_offered(pool: Any) -> None:
     """Only complete ones, only in their domain, and no longer after a removal."""
     layer = Layer.random(8)
-    assert pool.lookup_files("shared", layer.keys()) == {}
+    assert pool.lookup_files("shared", layer.file_keys()) == {}
     segment = await pool.open_segment(layer.layout)
     left_out = len(layer.chunks) - 1
     await pool.add_many(segment, [(n, c) for n, c in layer.all_verified() if n != left_out])
     await pool.flush()
-    found = pool.lookup_files("shared", layer.keys())
-    assert set(found) == set(layer.keys()[:-1])
-    for index, key in enumerate(layer.keys()[:-1]):
+    found = pool.lookup_files("shared", layer.file_keys())
+    assert set(found) == set(layer.file_keys()[:-1])
+    for index, key in enumerate(layer.file_keys()[:-1]):
         assert found[key] == (segment.id, *layer.layout.extents[index])
-    assert pool.lookup_files("secret", layer.keys()) == {}
+    assert pool.lookup_files("secret", layer.file_keys()) == {}
     await pool.add(segment, left_out, layer.verified(left_out))
     await pool.flush()
-    assert set(pool.lookup_files("shared", layer.keys())) == set(layer.keys())
+    assert set(pool.lookup_files("shared", layer.file_keys())) == set(layer.file_keys())
     await pool.remove_chunks(segment, [0], _acknowledge)
-    assert layer.keys()[0] not in pool.lookup_files("shared", layer.keys())
+    assert layer.file_keys()[0] not in pool.lookup_files("shared", layer.file_keys())
 
 
 async def objects_are_kept_by_digest(pool: Any) -> None:

@@ -49,7 +49,7 @@ async def test_a_clean_stop_keeps_everything_verified(tmp_path):
     async with opened(tmp_path) as pool:
         segment = pool.segment(layer.toc.digest)
         assert check_content(segment, layer) == len(layer.chunks)
-        assert set(pool.lookup_files("shared", layer.keys())) == set(layer.keys())
+        assert set(pool.lookup_files("shared", layer.file_keys())) == set(layer.file_keys())
         assert segment.file_of(0) == layer.layout.extents[0]
         assert pool.stats().revived_chunks == 0
 
@@ -192,7 +192,7 @@ async def test_a_lost_index_is_begun_anew_and_the_files_adopted(tmp_path, how):
         assert len(await pool.revive(segment, range(len(layer.chunks)))) == len(layer.chunks)
         await pool.open_segment(layer.layout)
         await pool.flush()
-        assert set(pool.lookup_files("shared", layer.keys())) == set(layer.keys())
+        assert set(pool.lookup_files("shared", layer.file_keys())) == set(layer.file_keys())
         hidden = await pool.open_segment(secret.layout, SegmentMeta(domain="secret"))
         assert len(await pool.revive(hidden, range(len(secret.chunks)))) == len(secret.chunks)
     assert (tmp_path / "index.db.damaged").exists() == (how != "gone")
@@ -455,8 +455,8 @@ async def test_a_file_that_is_a_list_of_chunks_does_not_pass_for_their_file(tmp_
         segment = await pool.open_segment(attacker.layout)
         await pool.add_many(segment, attacker.all_verified())
         await pool.flush()
-        assert pool.lookup_files("shared", victim.keys()) == {}
-        assert attacker.keys()[1] in pool.lookup_files("shared", attacker.keys())
+        assert pool.lookup_files("shared", victim.file_keys()) == {}
+        assert attacker.file_keys()[1] in pool.lookup_files("shared", attacker.file_keys())
 
 
 async def test_thirty_thousand_keys_are_looked_up_quickly(tmp_path):
