@@ -105,7 +105,7 @@ class Pool(ChunkRemoval):
             await _begin(index, boot_id)
             pool = cls(directory, index, disk or Disk(), quota_bytes)
             stack.callback(pool._shelf.close)
-            await pool._shelf.adopt()
+            await trio.to_thread.run_sync(pool._shelf.sweep)
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
@@ -181,6 +181,14 @@ class Pool(ChunkRemoval):
         if segment is None or segment.domain != domain:
             return None
         return segment, segment.holds(0, segment.table.chunk_count)
+
+    def orphans(self) -> dict[Path, int]:
+        """Segment files that the index does not know (it was lost), and the space they take; for `pool stat`."""
+        return self._shelf.orphans()
+
+    async def remove_orphans(self) -> int:
+        """Delete them; returns how much space they took. Kernels that still map one keep it until they are done."""
+        return await self._shelf.remove_orphans()
 
     async def put_object(self, digest: Digest, data: bytes, *, domain: str = SHARED_DOMAIN) -> None:
         """Keep a TOC, manifest or config under its digest. Raises PoolFull, StateError."""

@@ -42,6 +42,8 @@ from p2pgz.pool.segment import (
 
 log = structlog.get_logger(component="pool")
 
+# The largest file of ext4 with 4 KiB blocks; segments are sparse, so a hostile TOC can ask for much
+MAX_SEGMENT_BYTES = 16 << 40
 # the 8 bytes a table begins with: kind and version of the layout
 _MAGIC_BYTES = 8
 
@@ -100,6 +102,10 @@ class Shelf:
         else:
             content, starts = bytes(source), array("I")
         table = SegmentTable(content)
+        if table.segment_bytes > MAX_SEGMENT_BYTES:
+            raise StateError(
+                f"segment {table.id} would have {table.segment_bytes} bytes: too many for a file"
+            )
         async with self._making:
             segment = self.get(meta.domain, table.id)
             if segment is None:
@@ -219,6 +225,7 @@ class Shelf:
                 if size < table.segment_bytes:
                     self._cut(segment, size)
                 segment.adopted = True
+                log.warning("pool.adopted", file=str(data_path), chunks=segment.on_record.present_count())
             segment.row = await self._index.write(lambda connection: _insert(connection, segment, content))
         except BaseException:
             segment.close()
@@ -246,35 +253,39 @@ class Shelf:
 
             await self._index.write(change)
 
-    async def adopt(self) -> None:
-        """Take in what lies in the directory without a row, and sweep away what a crash left half made."""
-        names = {path.name for path in self._directory.iterdir()}
-        known = {path.name for domain, segment_id in self._rows for path in self._paths(domain, segment_id)}
-        for name in sorted(names):
-            path = self._directory / name
-            if name.endswith(TEMPORARY_SUFFIX):
-                path.unlink()
-            elif name.endswith(TABLE_SUFFIX) and name not in known:
-                await self._adopt(path)
-
-    async def _adopt(self, table_path: Path) -> None:
-        stem = table_path.name.removesuffix(TABLE_SUFFIX)
-        if "-" in stem:
-            # of a restricted image, whose domain is not in the name: taken in when that image is opened
-            log.warning("pool.orphan", file=str(table_path), effect="kept until its image is mounted again")
-            return
-        try:
-            content = table_path.read_bytes()
-            table = SegmentTable(content)
-            if table.id.hex != stem:
-                raise StateError(f"{table_path} is the table of {table.id}")
-            segment = await self._make(content, table, array("I"), SegmentMeta())
-        except (P2pgzError, OSError, ValueError) as error:
-            log.error(
-                "pool.orphan", file=str(table_path), reason=str(error), effect="kept until opened by its TOC"
+    def sweep(self) -> None:
+        """Delete what a crash left half made, and count the files that no row knows. Blocks."""
+        for path in self._directory.glob("*" + TEMPORARY_SUFFIX):
+            path.unlink()
+        orphans = self.orphans()
+        if orphans:
+            log.warning(
+                "pool.orphans",
+                files=len(orphans),
+                bytes=sum(orphans.values()),
+                effect="taken in again, and checked, when their images are mounted; `p2pgz pool gc` deletes them",
             )
-            return
-        log.warning("pool.adopted", segment=str(segment.id), chunks=segment.on_record.present_count())
+
+    def orphans(self) -> dict[Path, int]:
+        """Files without a row in the index, and the space they take: an index was lost or is an old copy.
+
+        They are not used by name alone, since only the TOC tells whether their table is right; `open` takes
+        them in.
+        """
+        known = {path for domain, segment_id in self._rows for path in self._paths(domain, segment_id)}
+        return {
+            path: path.stat().st_blocks * 512
+            for path in self._directory.iterdir()
+            if path.suffix in (DATA_SUFFIX, TABLE_SUFFIX) and path not in known
+        }
+
+    async def remove_orphans(self) -> int:
+        """Delete them; returns the space they took."""
+        async with self._making:  # a segment that is being made has files before it has a row
+            orphans = self.orphans()
+            for path in orphans:
+                path.unlink(missing_ok=True)
+        return sum(orphans.values())
 
     async def forget(self, segment: Segment) -> None:
         """Take a segment out of the index, durably, then delete its files. Its space comes back when it is closed."""

@@ -187,15 +187,38 @@ async def test_a_lost_index_is_begun_anew_and_the_files_adopted(tmp_path, how):
     else:
         path.write_bytes(b"garbage" * 1000 if how == "garbage" else content[:5000])
     async with opened(tmp_path) as pool:
-        segment = pool.segment(layer.toc.digest)
+        assert len(pool.orphans()) == 4
+        segment = await pool.open_segment(layer.layout)
         assert segment.presence.present_count() == 0
         assert len(await pool.revive(segment, range(len(layer.chunks)))) == len(layer.chunks)
-        await pool.open_segment(layer.layout)
         await pool.flush()
         assert set(pool.lookup_files("shared", layer.file_keys())) == set(layer.file_keys())
         hidden = await pool.open_segment(secret.layout, SegmentMeta(domain="secret"))
         assert len(await pool.revive(hidden, range(len(secret.chunks)))) == len(secret.chunks)
+        assert pool.orphans() == {}
     assert (tmp_path / "index.db.damaged").exists() == (how != "gone")
+    async with opened(tmp_path) as pool:
+        assert check_content(pool.segment(layer.toc.digest), layer) == len(layer.chunks)
+
+
+async def test_orphans_can_be_deleted_and_a_bad_table_of_one_is_not_trusted(tmp_path):
+    layer, other = Layer.random(18), Layer.random(19)
+    _, table_path = await fill(tmp_path, layer)
+    path, _ = await fill(tmp_path, other)
+    (tmp_path / "index.db").unlink()
+    content = bytearray(table_path.read_bytes())
+    content[200] ^= 0x40
+    table_path.write_bytes(content)
+    (tmp_path / "pool" / "half.seg.tmp").write_bytes(b"x")
+    async with opened(tmp_path) as pool:
+        segment = await pool.open_segment(layer.layout)
+        assert len(await pool.revive(segment, range(len(layer.chunks)))) == len(layer.chunks)
+        assert check_content(segment, layer) == len(layer.chunks)
+        assert await pool.remove_orphans() > 0
+        assert not path.exists()
+        assert not (tmp_path / "pool" / "half.seg.tmp").exists()
+        with pytest.raises(StateError):
+            await pool.open_segment(b"garbage")
 
 
 async def test_an_index_of_a_newer_version_is_left_alone(tmp_path):
@@ -257,6 +280,11 @@ async def test_the_bodys_own_error_leaves_unwrapped_and_the_stop_is_clean(tmp_pa
         assert check_content(pool.segment(layer.toc.digest), layer) == len(layer.chunks)
     with pytest.raises(StateError, match="closed"):
         await pool.open_segment(layer.layout)
+
+
+async def test_readers_of_segments_need_no_database():
+    code = "import sys, p2pgz.pool.segment; sys.exit('apsw' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 async def test_it_looks_like_a_cache_to_backups(tmp_path):
