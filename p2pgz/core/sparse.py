@@ -59,8 +59,13 @@ class SparseFile:
         self._lines = 0
         self._lines_wanted = 0
 
+    def add_gnu_header(self, block: bytes) -> bool:
+        """Take what a type S header says; false when extension blocks follow."""
+        self.header.size = _gnu_number(block[483:495])
+        return self.add_gnu(block[386:482], more=block[482] != 0)
+
     def add_gnu(self, field: bytes, *, more: bool) -> bool:
-        """Take the runs of a type S header or of one of its extension blocks; true when that was the last."""
+        """Take the runs of a header or an extension block; true when that was the last."""
         for at in range(0, len(field), _GNU_RUN_BYTES):
             offset = _gnu_number(field[at : at + _GNU_NUMBER_BYTES])
             size = _gnu_number(field[at + _GNU_NUMBER_BYTES : at + _GNU_RUN_BYTES])

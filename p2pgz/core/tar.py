@@ -22,10 +22,8 @@ from p2pgz.core.tarfields import BLOCK_BYTES, GNU_MAGIC, HEADER, checksum_fits, 
 from p2pgz.errors import ImageInvalid
 
 MAX_EXTENDED_BYTES = 1 << 20  # one PAX header, long name or sparse map; Go's archive/tar has the same limit
-MAX_EXTENDEDHEADERS = 16  # extended headers before one entry; real archives have at most three
-MAX_NAME_BYTES = (
-    1 << 16
-)  # a path of an entry; Linux opens at most 4096, but images are not only for Linux's open()
+MAX_EXTENDED_HEADERS = 16  # extended headers before one entry; real archives have at most three
+MAX_NAME_BYTES = 1 << 16  # a path; Linux opens at most 4096 bytes at once, but walks deeper trees
 MAX_WARNINGS = 64
 MAX_FILE_BYTES = 1 << 40  # stored or expanded size of one file
 
@@ -244,7 +242,7 @@ class TarParser:
             self._extended_count += 1
             if size > MAX_EXTENDED_BYTES:
                 self._fail(f"an extended header of {size} bytes; at most {MAX_EXTENDED_BYTES} are supported")
-            if self._extended_count > MAX_EXTENDEDHEADERS:
+            if self._extended_count > MAX_EXTENDED_HEADERS:
                 self._fail("too many extended headers in a row")
             if flag == b"g":
                 events.append(Other(block))
@@ -332,11 +330,7 @@ class TarParser:
         self._forget_extended()
         sparse = SparseFile(header=header, stored_bytes=header.size)
         self._sparse = sparse
-        if flag == b"S":
-            header.size = number(block[483:495])
-            complete = sparse.add_gnu(block[386:482], more=block[482] != 0)
-        else:
-            complete = sparse.add_records(local, listed)
+        complete = sparse.add_gnu_header(block) if flag == b"S" else sparse.add_records(local, listed)
         if complete:
             self._start_sparse(events)
 
