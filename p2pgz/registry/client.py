@@ -27,7 +27,7 @@ from p2pgz.registry.hosts import Endpoint, endpoints_for
 from p2pgz.registry.options import RegistryOptions, RegistryStats, RetryPolicy
 from p2pgz.registry.transport import SILENCE_SECONDS, Response, TlsSettings, Transport, TransportError, Url
 
-log = structlog.get_logger(logger="registry")
+log = structlog.get_logger(component="registry")
 
 MAX_REDIRECTS = 8  # storage services need one or two
 MAX_STORAGE_URLS = 1024  # remembered redirects: one per blob in use
@@ -91,15 +91,14 @@ class Way:
         self.not_before = 0.0
         self.ranges_warned = False
 
-    @property
-    def may_fall_back(self) -> bool:
-        """Whether plain HTTP may be tried in place of TLS."""
-        return self.endpoint.may_be_plain and self.base.scheme == "https"
+    def may_fall_back(self, url: Url) -> bool:
+        """Whether plain HTTP may be tried after this URL failed. Others may have fallen back since it was sent."""
+        return self.endpoint.may_be_plain and url.origin == self.endpoint.base.origin
 
     def fall_back(self, *, same_port: bool) -> None:
         """Speak plain HTTP from now on."""
-        port = self.base.port or (443 if same_port else None)
-        self.base = Url("http", self.base.host, port, self.base.path)
+        tls = self.endpoint.base
+        self.base = Url("http", tls.host, tls.port or (443 if same_port else None), tls.path)
 
 
 class Effort:
@@ -240,23 +239,19 @@ class RegistryClient:
                 )
             seen.add(url.full)
             headers = dict(wish.headers)
-            at_home = url.origin == way.base.origin
+            at_home = url.origin in (way.base.origin, way.endpoint.base.origin)
             if at_home:
                 headers = {**way.endpoint.headers, **headers}
                 if authorization:
                     headers["Authorization"] = authorization
-            body = wish.body() if callable(wish.body) else wish.body
             try:
-                response = await way.transport.send(
-                    wish.method, url, headers, body, silence_seconds=wish.silence_seconds
-                )
+                response = await self._send(way, wish, url, headers)
             except TransportError as error:
-                if not (
-                    error.not_tls and at_home and way.endpoint.may_be_plain and way.base.scheme == "https"
-                ):
+                nobody_there = url.port is None and not error.fatal  # no port was named: try HTTP's own
+                if not (way.may_fall_back(url) and (error.not_tls or nobody_there)):
                     raise
+                way.fall_back(same_port=error.not_tls)
                 log.debug("registry.plain-http", host=way.base.netloc)
-                way.base = Url("http", way.base.host, way.base.port or 443, way.base.path)
                 url = self._url(way, wish)
                 seen.clear()
                 continue
@@ -276,6 +271,10 @@ class RegistryClient:
                     hint="refused; only with --plain-http",
                 )
             url = next_url
+
+    async def _send(self, way: Way, wish: Wish, url: Url, headers: Mapping[str, str]) -> Response:
+        body = wish.body() if callable(wish.body) else wish.body
+        return await way.transport.send(wish.method, url, headers, body, silence_seconds=wish.silence_seconds)
 
     def _url(self, way: Way, wish: Wish) -> Url:
         base = way.base

@@ -27,7 +27,7 @@ from p2pgz.errors import ConfigError, ImageInvalid, UsageError
 from p2pgz.registry.hosts import DOCKER_HUB
 from p2pgz.registry.options import RegistryOptions
 
-log = structlog.get_logger(logger="registry")
+log = structlog.get_logger(component="registry")
 
 HELPER_SECONDS = 20.0  # a helper may talk to a cloud's metadata service or unlock a keyring
 MAX_HELPER_BYTES = 1 << 20  # tokens are some KiB

@@ -29,7 +29,7 @@ from p2pgz.registry.client import RegistryClient, TroubleError, Way, Wish
 from p2pgz.registry.options import RegistryStats
 from p2pgz.registry.transport import Response, TransportError
 
-log = structlog.get_logger(logger="registry")
+log = structlog.get_logger(component="registry")
 
 MAX_DOCUMENT_BYTES = 128 << 20  # read into memory: configs, external TOC layers
 MAX_SKIP_BYTES = (

@@ -311,7 +311,8 @@ def _failure(error: Exception, url: Url) -> TransportError:
             fatal=True,
             hint="name its CA with --tlscacert FILE, or ca = in hosts.toml",
         )
-    if isinstance(cause, ssl.SSLError) and cause.reason in _NOT_TLS:
+    hung_up = isinstance(cause, ssl.SSLEOFError) and isinstance(error, httpcore2.ConnectError)
+    if isinstance(cause, ssl.SSLError) and (hung_up or cause.reason in _NOT_TLS):
         return TransportError(
             f"{url.netloc}: does not speak TLS", not_tls=True, hint="a plain HTTP registry wants --plain-http"
         )
