@@ -112,13 +112,15 @@ class _Gzip:
             yield from self._feed(data[at : at + _MEASURE_BYTES])
 
     def _feed(self, data: bytes) -> Iterator[bytes]:
-        while data:
+        while True:
             if not self._begun:
-                if self._any_member and data[0] == 0:
+                if self._any_member and data[:1] == b"\0":
                     self._padding = True
                 if self._padding:
                     if data.strip(b"\0"):
                         raise _damaged("bytes after the end of the gzip stream")
+                    return
+                if not data:
                     return
                 self._begun = True
             try:
@@ -132,18 +134,10 @@ class _Gzip:
                 self._inflater = isal_zlib.decompressobj(_GZIP_WBITS)
                 self._begun = False
                 self._any_member = True
-            else:
-                data = self._inflater.unconsumed_tail
-                if not data and len(piece) == MAX_PIECE_BYTES:
-                    yield from self._drain()
-
-    def _drain(self) -> Iterator[bytes]:
-        """All input is taken, but output may still be inside."""
-        while True:
-            piece = self._inflater.decompress(b"", MAX_PIECE_BYTES)
-            if not piece:
-                return
-            yield piece
+                continue
+            data = self._inflater.unconsumed_tail
+            if not data and len(piece) < MAX_PIECE_BYTES:
+                return  # a full piece may leave more inside, though all input is taken
 
 
 class _Zstd:

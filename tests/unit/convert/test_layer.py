@@ -294,6 +294,47 @@ def test_prioritized_files_come_first_with_what_they_need() -> None:
     assert content(blob, layer, layer.toc.entries[-1]) == b"5"
 
 
+@pytest.mark.parametrize("source", [*SOURCES, "tiny"])
+def test_any_order_of_files_shows_the_same_tree(source: str) -> None:
+    suffix = "gz.tar.gz" if source == "tiny" else "tar.tar"
+    original = (VECTORS / "blobs" / f"{source}.{suffix}").read_bytes()
+    blob, written = converted(original)
+    layer = opened(blob, written)
+    files = [entry.name for entry in layer.toc.entries if entry.kind != "dir"]
+    moved, moved_written = converted(original, prioritized=tuple(reversed(files)))
+    moved_layer = opened(moved, moved_written)
+    assert lazy_tree(moved, moved_layer) == lazy_tree(blob, layer)
+    if source in ("tiny", "basic", "sparse-gnu"):
+        assert names(moved_layer.toc) != names(layer.toc)
+
+
+def test_circle_of_hard_links_is_not_moved() -> None:
+    entries = [
+        ("a", b"", {"type": tarfile.LNKTYPE, "linkname": "b"}),
+        ("b", b"", {"type": tarfile.LNKTYPE, "linkname": "a"}),
+    ]
+    with pytest.raises(ImageInvalid):
+        opened(*converted(archive_of(*entries), prioritized=(b"a",)))
+
+
+def test_limits_of_holes_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = (VECTORS / "blobs" / "sparse-gnu.tar.tar").read_bytes()
+    monkeypatch.setattr("p2pgz.convert.layer._MAX_STEPS", 2)
+    with pytest.raises(ImageInvalid, match="runs"):
+        converted(original, prioritized=(b"x",))
+    monkeypatch.setattr("p2pgz.convert.layer._ZEROS_WRITTEN_LIMIT", 2)
+    with pytest.raises(ImageInvalid, match="holes"):
+        converted(original)
+
+
+def test_entries_that_no_tree_can_have() -> None:
+    blob, written = converted(archive_of(("./", b"", {}), ("ok", b"", {})))
+    assert names(opened(blob, written).toc) == [b"ok"]
+    assert "cannot be the root" in written.warnings[0]
+    with pytest.raises(ImageInvalid, match="an owner"):
+        converted(archive_of(("x", b"", {"uid": 0xFFFFFFFF})))
+
+
 def test_nothing_to_prioritize_means_nothing_to_prefetch() -> None:
     blob, written = converted(archive_of(("a", b"1", {})), prioritized=(b"elsewhere",))
     assert opened(blob, written).toc.prefetch_end == 0

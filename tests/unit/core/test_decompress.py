@@ -155,3 +155,19 @@ def test_other_compressions_are_taken_for_plain() -> None:
         "zstd",
         "none",
     ]
+
+
+def test_output_left_inside_after_the_last_input_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pgz.core.decompress.MAX_PIECE_BYTES", 16)
+    for size in (15, 16, 17, 1000, 4096):
+        for feed_bytes in (1, 7, 1 << 16):
+            stream = Decompressor()
+            blob = gzip.compress(bytes(size)) + gzip.compress(b"end")
+            pieces = [
+                piece
+                for at in range(0, len(blob), feed_bytes)
+                for piece in stream.feed(blob[at : at + feed_bytes])
+            ]
+            pieces += stream.finish()
+            assert b"".join(pieces) == bytes(size) + b"end"
+            assert max(map(len, pieces)) <= 16

@@ -125,6 +125,50 @@ def test_document_that_lies_is_refused(position: list[int], value: object) -> No
         from_bytes(changed(position, value))
 
 
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [
+        ([4, 1, 12], [[1 << 40, 10, bytes(32)]]), ([4, 1, 12], [[0, 1, bytes(32)]]), ([4, 1, 8], b"a/../b"),
+        ([4, 1, 12], [[-1, 0, b""]]),
+    ],
+)  # fmt: skip
+def test_second_entry_that_lies_is_refused(position: list[int], value: object) -> None:
+    with pytest.raises(ImageInvalid):
+        from_bytes(changed(position, value))
+
+
+@pytest.mark.parametrize(
+    ("module", "limit"),
+    [
+        ("ownindex", "MAX_OTHER_BYTES"), ("ownindex", "MAX_PLAIN_ENTRIES"), ("ownindex", "MAX_PLAIN_CHUNKS"),
+        ("indexdoc", "MAX_OTHER_BYTES"), ("indexdoc", "MAX_PLAIN_CHUNKS"), ("indexdoc", "MAX_INDEX_BYTES"),
+    ],
+)  # fmt: skip
+def test_limits_hold(module: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = (VECTORS / "blobs" / "sparse-pax01.tar.tar").read_bytes()
+    document = to_bytes(index_of(stream, chunk_bytes=4096)[0])
+    monkeypatch.setattr(f"p2pgz.core.{module}.{limit}", 2)
+    with pytest.raises(ImageInvalid):
+        index_of(stream, chunk_bytes=4096) if module == "ownindex" else from_bytes(document)
+
+
+def test_many_chunks_of_data_reach_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pgz.core.ownindex.MAX_PLAIN_CHUNKS", 2)
+    with pytest.raises(ImageInvalid, match="more than 2 chunks"):
+        index_of((VECTORS / "blobs" / "basic.tar.tar").read_bytes(), chunk_bytes=4096)
+
+
+def test_hard_link_target_in_a_document_must_be_clean() -> None:
+    document = msgspec.msgpack.decode(
+        to_bytes(index_of((VECTORS / "blobs" / "hlorder.tar.tar").read_bytes())[0])
+    )
+    link = next(entry for entry in document[4] if entry[1] == "hardlink")
+    for target in (b"a/../b", link[0]):
+        link[8] = target
+        with pytest.raises(ImageInvalid, match="target"):
+            from_bytes(msgspec.msgpack.encode(document))
+
+
 def test_missing_and_surplus_other_bytes_are_noticed() -> None:
     stream = (VECTORS / "blobs" / "empty.tar.tar").read_bytes()
     index, _ = index_of(stream)
