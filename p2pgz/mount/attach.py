@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from p2pgz.errors import MountUnavailable
+from p2pgz.mount.umount import find_mounts, resolve_parent
 
 # include/uapi/asm-generic/unistd.h; x86_64 and aarch64 agree from 424 on
 SYS_OPEN_TREE: Final = 428
@@ -191,7 +192,7 @@ def make_through_fusermount(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         try:
-            done = subprocess.run(  # noqa: S603  # a fixed program; the arguments are no shell text
+            done = subprocess.run(  # a fixed program; the arguments are no shell text
                 [program, "-o", options, "--", directory],
                 env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno()), "LC_ALL": "C"},
                 pass_fds=(theirs.fileno(),),
@@ -229,9 +230,8 @@ def _user_allow_other() -> bool:
 
 
 def _device_at(directory: str) -> int:
-    from p2pgz.mount.umount import find_mounts
-
-    wanted = os.path.realpath(directory)
+    # never stat here: nobody answers for that directory yet
+    wanted = resolve_parent(directory)
     return next((mount.device for mount in find_mounts() if mount.directory == wanted), 0)
 
 

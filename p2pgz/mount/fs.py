@@ -39,6 +39,7 @@ PR_SET_NAME: Final = 15
 # The kernel counts mapped pool pages as ours; killing this process frees nothing and breaks a mount
 OOM_SCORE_ADJ: Final = -1000
 SETUP_SECONDS: Final = 20.0
+START_SECONDS: Final = 40
 # A reader that is killed between our epoll and our read of the device leaves that read waiting for the next request, and
 # with it replies and deadlines. A signal ends it (EINTR). pyfuse3 cannot use a non-blocking device.
 UNSTICK_SECONDS: Final = 2.0
@@ -72,6 +73,7 @@ def run(connection: socket.socket) -> int:
     logging.raiseExceptions = False  # standard error may be a pipe whose reader is gone
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)
+    signal.alarm(START_SECONDS)  # whatever hangs in there, the process must not; `serve` takes the timer over
     try:
         options = _receive_session(connection)
     except (P2pgzError, OSError) as error:
@@ -216,6 +218,10 @@ class _Served:
             for _ in range(INVALIDATION_THREADS):
                 nursery.start_soon(self._invalidate)
             await pyfuse3.main(1, kernel.MAX_TASKS)
+            if (
+                self._options.socket_path
+            ):  # before the channel ends: the node takes that as the end of everything
+                Path(self._options.socket_path).unlink(missing_ok=True)
             nursery.cancel_scope.cancel()
 
     async def _keep_link(self, connection: socket.socket) -> None:
@@ -247,5 +253,3 @@ class _Served:
     def close(self) -> None:
         """After the last unmount."""
         pyfuse3.close(unmount=False)
-        if self._options.socket_path:
-            Path(self._options.socket_path).unlink(missing_ok=True)

@@ -57,7 +57,10 @@ _REQUEST_BYTES: Final = (1 << 20) + 4096
 
 
 def answer_init(fuse_fd: int) -> bytes:
-    """Read the kernel's FUSE_INIT and answer it; returns the message, for `libfuse_socket`."""
+    """Read the kernel's FUSE_INIT and answer it; returns the message as `LibfuseDoor` wants it.
+
+    libfuse hears nothing of MAX_PAGES: it would take a buffer of 1 MiB for each waiting handler, which only writes need.
+    """
     message = os.read(fuse_fd, _REQUEST_BYTES)
     if len(message) < IN_HEADER.size + INIT_IN.size:
         raise MountUnavailable("the kernel's FUSE greeting is cut short")
@@ -79,7 +82,9 @@ def answer_init(fuse_fd: int) -> bytes:
         0,  # flags2
     )
     os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body)
-    return message
+    heard = bytearray(message)
+    INIT_IN.pack_into(heard, IN_HEADER.size, major, minor, MAX_READ_AHEAD_BYTES, flags & ~FUSE_MAX_PAGES)
+    return bytes(heard)
 
 
 class LibfuseDoor:

@@ -125,7 +125,7 @@ def decode(datagram: bytes) -> Message:
     """The message in a datagram; raises StateError for anything else (the other side is another version)."""
     try:
         message: Message = _decoder.decode(datagram)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StateError(f"a message between node and fs is not understood: {error}") from error
     return message
 

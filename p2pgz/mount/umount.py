@@ -76,7 +76,7 @@ def find_mounts() -> list[MountPoint]:
 def check_mount_point(directory: str | Path) -> None:
     """Raise MountUnavailable unless this is an empty directory that nothing is mounted on."""
     path = Path(directory)
-    resolved = _resolve(path)
+    resolved = resolve_parent(path)
     there = [mount for mount in _mountinfo() if mount.directory == resolved]
     if there:
         hint = f"`p2pgz umount {path}` first" if there[-1].fs_type == FS_TYPE else "choose another directory"
@@ -96,7 +96,7 @@ def check_mount_point(directory: str | Path) -> None:
         )
 
 
-def _resolve(path: Path) -> str:
+def resolve_parent(path: str | Path) -> str:
     """The real path, without touching the last component: it may be a mount that hangs."""
     absolute = os.path.abspath(path)  # noqa: PTH100
     return os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))  # noqa: PTH118,PTH120,PTH119
@@ -108,7 +108,7 @@ def unmount(directory: str | Path, *, lazy: bool = False) -> None:
     A mount whose `fs` is gone is detached in any case.
     """
     path = Path(directory)
-    target = _resolve(path)
+    target = resolve_parent(path)
     ours = {mount.directory for mount in find_mounts()}
     if target not in ours:
         target = os.path.realpath(path)
@@ -139,7 +139,7 @@ def _unmount(target: str, *, lazy: bool) -> None:
     program = shutil.which("fusermount3")
     if code != errno.EPERM or program is None:
         raise OSError(code, os.strerror(code))
-    done = subprocess.run(  # noqa: S603  # a fixed program; the arguments are no shell text
+    done = subprocess.run(  # a fixed program; the arguments are no shell text
         [program, "-u", *(["-z"] if lazy else []), "--", target],
         env={**os.environ, "LC_ALL": "C"},
         stdin=subprocess.DEVNULL,

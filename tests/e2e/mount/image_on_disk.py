@@ -1,4 +1,4 @@
-"""A small image as the node keeps it on disk (tree file, one segment, its table, presence), and a node's half of a mount of it.
+"""A small image as the node keeps it on disk (tree file, one segment, its table, presence), and a node's half of a mount.
 
 `Content` is written down chunk by chunk; which chunks are there at first is the test's choice, and `Supplier` makes the rest
 present on demand, counts what it was asked for, and can be made to hang or fail.

@@ -49,7 +49,9 @@ async def test_large_tree_takes_little_memory_and_starts_at_once(tmp_path: Path)
             zygote_kb = own_memory_kb(parent)
             await session.wait_closed()
         assert first.session.exit_status is None
-    print(f"start {cold_ms:.0f} ms with the zygote, {warm_ms:.1f} ms after; find over {ENTRIES} entries {find_seconds:.2f} s")
+    print(
+        f"start {cold_ms:.0f} ms with the zygote, {warm_ms:.1f} ms after; find over {ENTRIES} entries {find_seconds:.2f} s"
+    )
     print(f"own memory: {idle_kb} kB idle, {used_kb} kB after the find; zygote {zygote_kb} kB")
     assert used_kb < MEMORY_LIMIT_KB
     assert warm_ms < 1000

@@ -48,7 +48,11 @@ def exists(pid: int) -> bool:
 async def test_plain_umount_ends_the_process(image: ImageOnDisk, tmp_path: Path) -> None:
     async with mounted(image, tmp_path / "root") as m:
         [found] = [mount for mount in find_mounts() if mount.directory == str(m.directory)]
-        assert (found.fs_type, found.source, found.device) == ("fuse.p2pgz", "registry.example/test:1", m.session.device)
+        assert (found.fs_type, found.source, found.device) == (
+            "fuse.p2pgz",
+            "registry.example/test:1",
+            m.session.device,
+        )
         assert {"ro", "nosuid", "nodev"} <= set(found.options.split(","))
         assert Path(f"/proc/{m.session.pid}/comm").read_text() == "p2pgz-fs\n"
         assert (await run("umount", m.directory)).returncode == 0
@@ -105,7 +109,9 @@ async def test_killed_process_leaves_a_mount_that_unmount_clears(image: ImageOnD
 async def test_killed_process_fails_its_waiting_reader(image: ImageOnDisk, tmp_path: Path) -> None:
     async with mounted(image, tmp_path / "root") as m:
         m.supplier.hold()
-        reader = await trio.lowlevel.open_process(["cat", str(m.directory / "missing")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        reader = await trio.lowlevel.open_process(
+            ["cat", str(m.directory / "missing")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         await m.supplier.asked.wait()
         os.kill(m.session.pid, signal.SIGKILL)
         with trio.fail_after(5):
@@ -128,7 +134,9 @@ async def test_busy_mount_says_who_uses_it(image: ImageOnDisk, tmp_path: Path) -
             await m.session.wait_closed()
 
 
-async def test_mount_outlives_its_node_and_the_next_node_answers_its_readers(image: ImageOnDisk, tmp_path: Path) -> None:
+async def test_mount_outlives_its_node_and_the_next_node_answers_its_readers(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
     run_path, root = tmp_path / "run", tmp_path / "root"
     run_path.mkdir()
     supplier = Supplier(image)
@@ -282,7 +290,10 @@ async def test_bad_input_is_a_named_error_and_leaves_nothing(
             image.data_path.unlink()
         case "presence of another size":
             files = SegmentFiles(
-                table_path=image.table_path, data_path=image.data_path, presence_fd=image.presence.fd, presence_count=1
+                table_path=image.table_path,
+                data_path=image.data_path,
+                presence_fd=image.presence.fd,
+                presence_count=1,
             )
             options = image.options(segments=[files])
         case "no segments":

@@ -73,11 +73,12 @@ async def test_twenty_readers_of_one_chunk_ask_once(image: ImageOnDisk, tmp_path
             for _ in range(20):
                 nursery.start_soon(read)
             await m.supplier.asked.wait()
-            await trio.sleep(0.3)  # all of them are in the kernel by now; a slow one only makes the test weaker
+            await trio.sleep(
+                0.3
+            )  # all of them are in the kernel by now; a slow one only makes the test weaker
             m.supplier.open.set()
         assert results == [SMALL[:PAGE_BYTES]] * 20
         assert m.supplier.requests == [(0, image.chunks_of(b"small")[0], 1, 0)]
-
 
 
 async def test_read_ahead_that_becomes_urgent_is_asked_for_again_with_the_higher_class(
@@ -109,7 +110,9 @@ async def test_read_ahead_that_becomes_urgent_is_asked_for_again_with_the_higher
 async def test_killed_reader_is_gone_at_once(image: ImageOnDisk, tmp_path: Path) -> None:
     async with mounted(image, tmp_path / "root") as m:
         m.supplier.hold()
-        reader = await trio.lowlevel.open_process(["cat", str(m.directory / "large")], stdout=subprocess.DEVNULL)
+        reader = await trio.lowlevel.open_process(
+            ["cat", str(m.directory / "large")], stdout=subprocess.DEVNULL
+        )
         await m.supplier.asked.wait()
         start = time.monotonic()
         reader.kill()
@@ -122,7 +125,9 @@ async def test_killed_reader_is_gone_at_once(image: ImageOnDisk, tmp_path: Path)
         assert await call((m.directory / "large").read_bytes) == LARGE
 
 
-async def test_refused_read_is_an_error_once_and_works_when_asked_again(image: ImageOnDisk, tmp_path: Path) -> None:
+async def test_refused_read_is_an_error_once_and_works_when_asked_again(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
     async with mounted(image, tmp_path / "root") as m:
         m.supplier.failing = True
         with pytest.raises(OSError) as caught:
@@ -177,7 +182,14 @@ async def test_many_stuck_readers_do_not_stop_others(image: ImageOnDisk, tmp_pat
         m.supplier.hold()
         readers = [
             await trio.lowlevel.open_process(
-                ["dd", f"if={m.directory / 'large'}", f"bs={CHUNK_BYTES}", "count=1", f"skip={n}", "status=none"],
+                [
+                    "dd",
+                    f"if={m.directory / 'large'}",
+                    f"bs={CHUNK_BYTES}",
+                    "count=1",
+                    f"skip={n}",
+                    "status=none",
+                ],
                 stdout=subprocess.DEVNULL,
             )
             for n in range(40)
@@ -194,7 +206,9 @@ async def test_many_stuck_readers_do_not_stop_others(image: ImageOnDisk, tmp_pat
             assert await reader.wait() == 0
 
 
-async def test_node_that_says_present_of_an_absent_chunk_is_not_believed(image: ImageOnDisk, tmp_path: Path) -> None:
+async def test_node_that_says_present_of_an_absent_chunk_is_not_believed(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
     async with mounted(image, tmp_path / "root") as m:
         calls = 0
 
@@ -210,7 +224,9 @@ async def test_node_that_says_present_of_an_absent_chunk_is_not_believed(image: 
         assert 1 < calls < 20
 
 
-async def test_bug_in_the_supplier_is_an_error_for_the_reader_only(image: ImageOnDisk, tmp_path: Path) -> None:
+async def test_bug_in_the_supplier_is_an_error_for_the_reader_only(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
     async with mounted(image, tmp_path / "root") as m:
 
         async def stumble(*_: int) -> None:
@@ -236,7 +252,9 @@ async def test_damaged_pool_file_costs_one_read_not_the_process(image: ImageOnDi
             await m.session.ping()
 
 
-async def test_concurrent_readers_of_random_places_get_the_right_bytes(image: ImageOnDisk, tmp_path: Path) -> None:
+async def test_concurrent_readers_of_random_places_get_the_right_bytes(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     async with mounted(image, tmp_path / "root") as m:
@@ -256,6 +274,11 @@ async def test_concurrent_readers_of_random_places_get_the_right_bytes(image: Im
             for n in range(6):
                 nursery.start_soon(reader, seed + n)
         asked = [n for _, first, count, _ in m.supplier.requests for n in range(first, first + count)]
-        urgent = [n for _, first, count, priority in m.supplier.requests if not priority for n in range(first, first + count)]
+        urgent = [
+            n
+            for _, first, count, priority in m.supplier.requests
+            if not priority
+            for n in range(first, first + count)
+        ]
         assert len(urgent) == len(set(urgent))
         assert len(asked) <= 2 * len(set(asked))

@@ -30,7 +30,16 @@ def every_kind(folder: Path) -> ImageOnDisk:
     image.add(b"bin")
     image.add(b"bin/true", "reg", Path(shutil.which("true") or "/bin/true").read_bytes())
     image.add(b"etc", mode=0o1777, uid=7, gid=8, mtime=MTIME, mtime_nsec=MTIME_NSEC)
-    image.add(b"etc/text", "reg", b"hello\n", mode=0o4640, uid=70_000, gid=90_000, mtime=MTIME, mtime_nsec=MTIME_NSEC)
+    image.add(
+        b"etc/text",
+        "reg",
+        b"hello\n",
+        mode=0o4640,
+        uid=70_000,
+        gid=90_000,
+        mtime=MTIME,
+        mtime_nsec=MTIME_NSEC,
+    )
     image.add(b"etc/empty", "reg", b"", mode=0o600, mtime=-5)
     image.add(b"etc/link", "symlink", link=b"../bin/true", mode=0o777)
     image.add(b"etc/hard", "hardlink", link=b"etc/text")
@@ -40,7 +49,12 @@ def every_kind(folder: Path) -> ImageOnDisk:
     image.add(b"dev/pipe", "fifo", mode=0o644)
     image.add(b"big", "reg", BIG)
     image.add(b"n\xff\xfe name", "reg", b"odd")
-    image.add(b"attributes", "reg", b"x", xattrs={b"user.a": b"1\x002", b"user.empty": b"", b"security.capability": CAPABILITY})
+    image.add(
+        b"attributes",
+        "reg",
+        b"x",
+        xattrs={b"user.a": b"1\x002", b"user.empty": b"", b"security.capability": CAPABILITY},
+    )
     image.add(b"deep")
     for n in range(3):
         image.add(b"deep/%d" % n)
@@ -53,7 +67,12 @@ async def test_every_kind_of_inode_looks_as_in_the_image(tmp_path: Path) -> None
 
         def look() -> None:
             root = at.stat()
-            assert (root.st_ino, stat.S_IMODE(root.st_mode), root.st_mtime, root.st_nlink) == (1, 0o755, MTIME, 6)
+            assert (root.st_ino, stat.S_IMODE(root.st_mode), root.st_mtime, root.st_nlink) == (
+                1,
+                0o755,
+                MTIME,
+                6,
+            )
             etc = (at / "etc").stat()
             assert (stat.S_IMODE(etc.st_mode), etc.st_uid, etc.st_gid) == (0o1777, 7, 8)
             assert etc.st_mtime_ns == MTIME * 10**9 + MTIME_NSEC
@@ -117,7 +136,10 @@ async def test_file_system_size_is_the_images_own(tmp_path: Path) -> None:
     assert abs(answer.f_blocks * answer.f_frsize - total) < 4096
     assert (answer.f_bsize, answer.f_bavail, answer.f_ffree, answer.f_namemax) == (4096, 0, 0, 255)
     assert answer.f_files >= 18
-    assert answer.f_flag & (os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV) == os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV
+    assert (
+        answer.f_flag & (os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV)
+        == os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV
+    )
 
 
 async def test_nothing_can_be_changed(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ records = st.builds(Record, st.sampled_from(Kind), U8, U16, U32, U32, U32, U64)
 
 
 def test_layout_is_as_documented() -> None:
-    datagram = encode([Record(Kind.REQUEST, 1, 0x0203, 0x04050607, 0x08090A0B, 0x0C0D0E0F, 0x1011121314151617)])
+    datagram = encode(
+        [Record(Kind.REQUEST, 1, 0x0203, 0x04050607, 0x08090A0B, 0x0C0D0E0F, 0x1011121314151617)]
+    )
     assert datagram.hex() == "02010302" + "07060504" + "0b0a0908" + "0f0e0d0c" + "1716151413121110"
     assert len(datagram) == RECORD_BYTES == 24
 

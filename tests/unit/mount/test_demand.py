@@ -33,7 +33,12 @@ def asked(records: list[Record]) -> list[tuple[int, int, int]]:
 
 def test_first_chunk_is_urgent_and_the_rest_goes_in_runs() -> None:
     reader = Reader(Demand(), 3, [4, 5, 6, 9, 10, 12])
-    assert asked(reader.sent) == [(4, 1, BLOCKED), (5, 2, READ_AHEAD), (9, 2, READ_AHEAD), (12, 1, READ_AHEAD)]
+    assert asked(reader.sent) == [
+        (4, 1, BLOCKED),
+        (5, 2, READ_AHEAD),
+        (9, 2, READ_AHEAD),
+        (12, 1, READ_AHEAD),
+    ]
     assert {record.segment for record in reader.sent} == {3}
     assert {record.kind for record in reader.sent} == {Kind.REQUEST}
 
@@ -97,7 +102,9 @@ def test_giving_up_cancels_what_nobody_else_waits_for() -> None:
     one = Reader(demand, 0, [1, 2, 3])
     two = Reader(demand, 0, [3])
     cancelled = demand.give_up(one.ticket)
-    assert [record.id for record in cancelled] == [one.sent[0].id]  # the run 2-3 still serves the second reader
+    assert [record.id for record in cancelled] == [
+        one.sent[0].id
+    ]  # the run 2-3 still serves the second reader
     demand.replied(two.sent[0].id, 0)
     assert two.ended == (True, 0)
     assert one.woken == 0

@@ -18,7 +18,9 @@ LINES = """\
 
 def test_mounts_are_found_whatever_their_names() -> None:
     assert list(parse_mountinfo(LINES))[1:] == [
-        MountPoint(94, os.makedev(0, 59), "/mnt/a dir\\x", "fuse.p2pgz", "registry.example/a:b", "ro,nosuid,nodev"),
+        MountPoint(
+            94, os.makedev(0, 59), "/mnt/a dir\\x", "fuse.p2pgz", "registry.example/a:b", "ro,nosuid,nodev"
+        ),
         MountPoint(95, os.makedev(259, 70000), "/mnt/b", "ext4", "/dev/nvme0n1p1", "ro"),
     ]
 
