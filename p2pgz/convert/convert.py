@@ -142,7 +142,7 @@ async def convert_image(
         descriptor = await job.index(document, parsed, target, 1)
     else:
         descriptor = await job.manifest(document, parsed, target)
-    return ConvertedImage(descriptor, tuple(job.layers.values()), tuple(job.warnings))
+    return ConvertedImage(descriptor, tuple(job.layers.values()), (*job.warnings, *job.absent_files()))
 
 
 class _Job:
@@ -213,6 +213,15 @@ class _Job:
             tree["config"], config_descriptor.media_type, config_descriptor.digest, config_descriptor.size
         )
         return await self._put_document(tree, self._media_type(manifest.media_type), target)
+
+    def absent_files(self) -> list[str]:
+        """A warning for each prioritized path that no layer has."""
+        absent = dict.fromkeys(self._options.layer.prioritized)
+        for made in self.layers.values():
+            if made.written is not None:
+                missing = set(made.written.absent)
+                absent = {path: None for path in absent if path in missing}
+        return [f"prioritized {path.decode(errors='replace')!r} is in no layer" for path in absent]
 
     @property
     def _makes_oci(self) -> bool:

@@ -169,7 +169,7 @@ def _write_reordered(
 ) -> None:
     with tempfile.TemporaryFile(prefix="p2pgz-convert-", dir=scratch_directory) as scratch:
         kept = _keep(events, scratch)
-        first = pick(kept, prioritized, writer.warn)
+        first, writer.absent = pick(kept, prioritized, writer.warn)
         picked = set(first)
         for index in first:
             _replay(kept[index], scratch, writer)
@@ -219,24 +219,31 @@ def _replay(entry: _Kept, scratch: BinaryIO, writer: LayerWriter) -> None:
     writer.end()
 
 
-def pick(kept: list[_Kept], prioritized: Iterable[bytes], warn: Callable[[str], None]) -> list[int]:
-    """The entries to move to the front, in order: directories before what is in them, targets before their
-    hard links.
+def pick(
+    kept: list[_Kept], prioritized: Iterable[bytes], warn: Callable[[str], None]
+) -> tuple[list[int], list[bytes]]:
+    """The entries to move to the front, in order, and the paths that are not in this layer.
+
+    Directories come before what is in them, targets before their hard links.
     """
     places: dict[bytes, list[int]] = {}
     for index, entry in enumerate(kept):
         places.setdefault(entry.name, []).append(index)
     chosen: dict[int, None] = {}
+    absent: list[bytes] = []
     for path in prioritized:
         name = clean_name(path)
+        if name not in places:
+            absent.append(path)
+            continue
         wanted = _with_needed(name, kept, places)
         if wanted is None:
             warn(
-                f"prioritized {path.decode(errors='replace')!r} was not moved: it is not in the layer, or not just once"
+                f"prioritized {path.decode(errors='replace')!r} was not moved: its place in the layer matters"
             )
-            continue
-        chosen.update(dict.fromkeys(wanted))
-    return list(chosen)
+        else:
+            chosen.update(dict.fromkeys(wanted))
+    return list(chosen), absent
 
 
 def _with_needed(name: bytes, kept: list[_Kept], places: dict[bytes, list[int]]) -> list[int] | None:
@@ -250,8 +257,6 @@ def _with_needed(name: bytes, kept: list[_Kept], places: dict[bytes, list[int]])
     while True:  # a hard link's target may be a link again
         found = places.get(chain[-1])
         if found is None:
-            if len(chain) == 1:
-                return None
             break  # the target is in a lower layer
         entry = kept[found[0]]
         if entry.header.kind != "hardlink":

@@ -51,6 +51,8 @@ class WrittenLayer(msgspec.Struct, frozen=True, kw_only=True):
     toc_digest: Digest
     annotations: dict[str, str]
     warnings: tuple[str, ...]
+    absent: tuple[bytes, ...] = ()
+    """prioritized paths that are not in this layer"""
 
 
 def plain_header(name: bytes, size: int) -> Header:
@@ -86,6 +88,7 @@ class LayerWriter:
         self._chunk_left = 0
         self._whole_hash: hashlib._Hash | None = None
         self.warnings: list[str] = []
+        self.absent: list[bytes] = []
 
     def landmark(self, kind: Literal["prefetch", "no-prefetch"]) -> None:
         """Mark this place of the blob: what is before it is prefetched, or nothing is."""
@@ -198,6 +201,7 @@ class LayerWriter:
             diff_id=Digest(self._packer.stream_digest), stream_bytes=self._packer.stream_bytes,
             toc_digest=toc_digest, annotations=common | annotations,
             warnings=tuple(self.warnings),
+            absent=tuple(self.absent),
         )  # fmt: skip
 
 

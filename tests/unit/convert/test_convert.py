@@ -142,7 +142,10 @@ async def test_second_run_keeps_everything() -> None:
 async def test_optimize_moves_files_even_in_lazy_layers() -> None:
     store = MemorySource()
     path = json.loads((VECTORS / "expected" / "tiny.esgz.json").read_text())["chunks"][40]["path"]
-    made, sink = await run(store, add_image(store, "tiny.esgz"), prioritized=(path.encode(),))
+    made, sink = await run(
+        store, add_image(store, "tiny.esgz"), prioritized=(path.encode(), b"/no/such/file")
+    )
+    assert made.warnings == ("prioritized '/no/such/file' is in no layer",)
     layer = document(sink, made.descriptor.digest)["layers"][0]
     blob = sink.store.blobs[Digest.parse(layer["digest"])]
     opened = open_layer_tail(blob, len(blob), layer["annotations"])
