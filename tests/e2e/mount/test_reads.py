@@ -58,7 +58,10 @@ async def test_only_the_chunks_of_a_read_are_asked_for(image: ImageOnDisk, tmp_p
         found = await call(read_direct, m.directory / "large", 3 * CHUNK_BYTES, offset)
         assert found == LARGE[offset : offset + 3 * CHUNK_BYTES]
         first = image.chunks_of(b"large")[4]
-        assert m.supplier.requests == [(0, first, 1, 0), (0, first + 1, 3, 1)]
+        assert sorted(m.supplier.requests) == [
+            (0, first, 1, 0),
+            (0, first + 1, 3, 1),
+        ]  # tasks run in any order
 
 
 async def test_twenty_readers_of_one_chunk_ask_once(image: ImageOnDisk, tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ async def test_read_ahead_that_becomes_urgent_is_asked_for_again_with_the_higher
             while len(m.supplier.requests) < 3:
                 await trio.sleep(0.01)
             m.supplier.open.set()
-        assert m.supplier.requests == [(0, first, 1, 0), (0, first + 1, 1, 1), (0, first + 1, 1, 0)]
+        assert sorted(m.supplier.requests) == [(0, first, 1, 0), (0, first + 1, 1, 0), (0, first + 1, 1, 1)]
         assert sorted(results, key=len) == [
             LARGE[CHUNK_BYTES : CHUNK_BYTES + PAGE_BYTES],
             LARGE[: 2 * CHUNK_BYTES],
