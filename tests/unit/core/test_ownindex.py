@@ -14,7 +14,7 @@ from p2pgz.core.decompress import Decompressor
 from p2pgz.core.digest import Digest
 from p2pgz.core.indexdoc import from_bytes, to_bytes
 from p2pgz.core.model import ChunkKind, Entry
-from p2pgz.core.ownindex import PlainIndex, PlainIndexer, rebuild
+from p2pgz.core.ownindex import PlainIndex, PlainIndexer, rebuild, zeros_digest
 from p2pgz.errors import ImageInvalid
 from p2pgz.testing.trees import describe, differences, layer_tree
 from p2pgz.testing.vectors import expected_document, expected_tree
@@ -212,3 +212,24 @@ def test_file_named_as_the_root_is_left_out_with_a_warning() -> None:
     assert [entry.name for entry in index.toc.entries] == [b"ok"]
     assert "left out" in index.toc.warnings[0]
     assert index.toc.digest == Digest.of(header("./") + header("ok"))
+
+
+def test_wrong_number_of_digests_in_a_run_is_refused() -> None:
+    document = msgspec.msgpack.decode(to_bytes(small_index()))
+    run = next(run for entry in document[4] for run in entry[12] if run[0] >= 0)
+    run[2] += bytes(32)
+    with pytest.raises(ImageInvalid, match="number of chunks"):
+        from_bytes(msgspec.msgpack.encode(document))
+
+
+def test_holes_reach_the_limit_before_their_chunks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pgz.core.ownindex.MAX_PLAIN_CHUNKS", 3)
+    with pytest.raises(ImageInvalid, match="holes"):
+        index_of((VECTORS / "blobs" / "sparse-gnu.tar.tar").read_bytes(), chunk_bytes=4096)
+
+
+def test_digests_of_many_hole_sizes_are_right_though_not_all_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("p2pgz.core.ownindex._zeros_digests", dict.fromkeys(range(-1024, 0), b""))
+    assert zeros_digest(5) == hashlib.sha256(bytes(5)).digest()

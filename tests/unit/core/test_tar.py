@@ -403,3 +403,11 @@ def test_too_many_records() -> None:
 )  # fmt: skip
 def test_clean_names(raw: bytes, clean: bytes) -> None:
     assert clean_name(raw) == clean
+
+
+def test_map_of_several_blocks() -> None:
+    numbers = [n for run in range(100) for n in (run * 10, 1)]
+    stream = sparse(text_map(100, *numbers) + b"x" * 100) + END
+    events, _ = parse(stream, 100)
+    assert contents(events) == [(b"x" + bytes(9)) * 100]
+    assert stream_again(events) == stream
