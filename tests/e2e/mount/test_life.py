@@ -14,7 +14,7 @@ import trio
 from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.mount.attach import move_mount
 from p2pgz.mount.session import FsHost, FsSession, SessionOptions
-from p2pgz.mount.setup import SegmentFiles
+from p2pgz.mount.setup import READ_AHEAD_COMPLETE_KB, SegmentFiles
 from p2pgz.mount.umount import check_mount_point, find_mounts, unmount
 from tests.e2e.mount.image_on_disk import CHUNK_BYTES, ImageOnDisk, Supplier, call, is_mounted, mounted, run
 
@@ -358,3 +358,14 @@ async def test_first_reads_are_reported_when_asked_for(image: ImageOnDisk, tmp_p
         await call(unmount, tmp_path / "root")
         await session.wait_closed()
     assert [record[1:] for record in seen] == [(0, 2, 2), (0, 0, 2)]
+
+
+async def test_read_ahead_follows_what_the_node_says(image: ImageOnDisk, tmp_path: Path) -> None:
+    async with mounted(image, tmp_path / "root", read_ahead_kb=64) as m:
+        device = f"{os.major(m.session.device)}:{os.minor(m.session.device)}"
+        knob = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
+        assert knob.read_text() == "64\n"
+        m.session.set_read_ahead(READ_AHEAD_COMPLETE_KB)
+        with trio.fail_after(5):
+            await m.session.ping()
+        assert knob.read_text() == "1024\n"
