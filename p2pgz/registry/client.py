@@ -114,7 +114,8 @@ class Effort:
         self._failures += 1
         allowed = self._policy.attempts + self.received_bytes // PROGRESS_PER_ATTEMPT_BYTES
         if not trouble.again or self._failures >= allowed:
-            raise trouble.error from trouble
+            cause = trouble.__cause__  # the trouble itself is ours and tells nobody anything
+            raise trouble.error from (None if cause is trouble.error else cause)
         return max(self._policy.delay_seconds(self._failures), trouble.after_seconds)
 
 
@@ -203,10 +204,11 @@ class RegistryClient:
             except TransportError as error:
                 wrapped = SourceUnavailable(f"{self.name}: {error.what}", hint=error.hint)
                 raise TroubleError(wrapped, again=not error.fatal) from error
-            except (AuthRefused, SourceUnavailable, ImageNotFound) as error:
-                raise TroubleError(
-                    error, again=error.retryable, blame=not isinstance(error, AuthRefused)
-                ) from error
+            except (
+                AuthRefused,
+                SourceUnavailable,
+            ) as error:  # a redirect or challenge that cannot be followed
+                raise TroubleError(error, blame=not isinstance(error, AuthRefused)) from error
         raise AssertionError("the second round returns or raises")
 
     async def _ask_storage(self, way: Way, wish: Wish) -> Response | None:
@@ -301,10 +303,10 @@ class RegistryClient:
             refused = way.auth.refused(status)
             raise TroubleError(AuthRefused(refused.what + said, hint=refused.hint), blame=False)
         after_seconds = _retry_after(response.headers.get("retry-after", ""))
-        if status in (429, 503) and not redirected and not way.endpoint.mirror:
-            way.not_before = trio.current_time() + min(after_seconds, LONGEST_RETRY_AFTER_SECONDS)
         if after_seconds > LONGEST_RETRY_AFTER_SECONDS:
             raise TroubleError(SourceUnavailable(what, hint=f"it asks to come back in {after_seconds:.0f} s"))
+        if status in (429, 503) and not redirected and not way.endpoint.mirror:
+            way.not_before = trio.current_time() + after_seconds
         # a refusal by storage: the signature expired while we were on the way, and the registry gives a new one
         again = status in _PASSING or (redirected and status in (401, 403, 404))
         raise TroubleError(SourceUnavailable(what), again=again, after_seconds=after_seconds)

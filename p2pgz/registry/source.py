@@ -184,10 +184,8 @@ class RegistrySource:
                     trouble = self._trouble(error)
                 except (TroubleError, SourceUnavailable) as error:
                     trouble = error if isinstance(error, TroubleError) else TroubleError(error)
-                    if (
-                        at == end and not way.endpoint.mirror
-                    ):  # too long a body, noticed after its last good byte
-                        raise trouble.error from error
+                    if at == end and not way.endpoint.mirror:
+                        raise trouble.error from None  # too long a body, noticed after its last good byte
             if at < end:
                 await self._client.recover(way, trouble, effort)
 
