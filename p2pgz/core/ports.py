@@ -23,7 +23,10 @@ class ImageSource(Protocol):
     """what to call it in messages: `registry.example/repo`, `oci:DIR`; never holds a secret"""
 
     async def resolve(self, reference: Reference) -> Descriptor:
-        """The descriptor of what the reference's tag or digest names (an index or a manifest)."""
+        """The descriptor of what the reference's tag or digest names (an index or a manifest).
+
+        A digest may cost no request: the descriptor then has no media type and the size SIZE_UNKNOWN.
+        """
         ...
 
     async def document(self, descriptor: Descriptor) -> bytes:
