@@ -5,7 +5,7 @@ Each has one conformance suite in `p2pgz.testing`, run on the fake and on the re
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 

@@ -74,25 +74,30 @@ class FakeRegistry:
         cls, *, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1", port: int = 0
     ) -> AsyncIterator[FakeRegistry]:
         """Serve, with TLS when there is a context."""
-        registry = cls()
-        async with trio.open_nursery() as nursery:
-            registry.scheme = "https" if tls else "http"
+        registry = cls(scheme="https" if tls else "http")
 
-            async def serve(server: str) -> int:
-                async def handle(request: HttpRequest) -> HttpAnswer:
-                    return await registry._handle(server, request)
+        async def serve(server: str, at: int, nursery: trio.Nursery) -> int:
+            async def handle(request: HttpRequest) -> HttpAnswer:
+                return await registry._handle(server, request)
 
-                async def run(task_status: trio.TaskStatus[int]) -> None:
-                    at = port if server == "registry" else 0
-                    await serve_http(handle, host=host, port=at, tls=tls, task_status=task_status)
+            async def run(task_status: trio.TaskStatus[int]) -> None:
+                await serve_http(handle, host=host, port=at, tls=tls, task_status=task_status)
 
-                bound: int = await nursery.start(run)
-                return bound
+            bound: int = await nursery.start(run)
+            return bound
 
-            registry.port = await serve("registry")
-            registry._storage_port = await serve("storage")
-            yield registry
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                registry.port = await serve("registry", port, nursery)
+                registry._storage_port = await serve("storage", 0, nursery)
+                yield registry
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            if (
+                len(group.exceptions) == 1
+            ):  # most likely the user's own: what is raised inside comes out as it is
+                raise group.exceptions[0] from None
+            raise
 
     @property
     def address(self) -> str:
