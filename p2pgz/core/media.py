@@ -61,7 +61,7 @@ MAX_CONFIG_BYTES = 8 << 20  # histories of generated images reach some hundred K
 MAX_LAYERS = 512  # overlayfs ends at 500 lower directories, docker at 127 layers
 MAX_INDEX_DEPTH = 3  # an index may name indexes; nobody does so twice
 MAX_SIZE_BYTES = (1 << 63) - 1  # descriptors' sizes are int64
-SIZE_UNKNOWN = -1  # of a document that was asked for by digest and not seen yet; its digest alone vouches for it
+SIZE_UNKNOWN = -1  # of a document asked for by digest and not seen yet; its digest alone vouches for it
 
 T = TypeVar("T")
 
