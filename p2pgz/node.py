@@ -22,7 +22,6 @@ from p2pgz import __version__
 from p2pgz.config import Config
 from p2pgz.core.digest import Digest
 from p2pgz.core.platform import Platform
-from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference, parse_reference
 from p2pgz.errors import ConfigError, ImageNotFound, UsageError
 from p2pgz.fetch.service import ChunkFetcher
@@ -34,6 +33,8 @@ from p2pgz.mount.mounts import MountOptions, Mounts
 from p2pgz.mount.session import FsHost
 from p2pgz.pool.pool import Pool
 from p2pgz.registry import RegistryOptions, open_source
+from p2pgz.registry.layout import LayoutSource
+from p2pgz.registry.source import RegistrySource
 from p2pgz.web import unix
 from p2pgz.web.api import (
     GetRequest,
@@ -160,7 +161,7 @@ class Node:
             rows = list_directory(image.tree, os.fsencode(request.path or "/"), recursive=request.recursive)
             return {"lines": format_rows(rows), "entries": [row.to_json() for row in rows]}
 
-    async def read_file(self, request: MountRequest) -> AsyncIterator[bytes]:
+    async def read_file(self, request: MountRequest) -> AsyncIterator[memoryview]:
         """The bytes of one file."""
         async with self._in_use():
             image = await self._open(request, _silent)
@@ -219,9 +220,9 @@ class Sources:
     def __init__(self, config: Config, stack: AsyncExitStack) -> None:
         self._config = config
         self._stack = stack
-        self._open: dict[tuple[object, ...], ImageSource] = {}
+        self._open: dict[tuple[object, ...], RegistrySource | LayoutSource] = {}
 
-    async def get(self, reference: Reference, request: MountRequest) -> ImageSource:
+    async def get(self, reference: Reference, request: MountRequest) -> RegistrySource | LayoutSource:
         """A source for the reference as the request wants to reach it."""
         registry = self._config.registry
         options = RegistryOptions(
@@ -231,7 +232,9 @@ class Sources:
             docker_config=registry.docker_config,
             user=request.user or None,
         )
-        key = (reference.transport, reference.host, reference.repository, reference.path, options)
+        # an archive that was replaced is another one; images of the old one keep reading from the old file
+        version = Path(reference.path).stat().st_mtime_ns if Path(reference.path).is_file() else 0
+        key = (reference.transport, reference.host, reference.repository, reference.path, version, options)
         source = self._open.get(key)
         if source is None:
             source = await self._stack.enter_async_context(open_source(reference, options))
@@ -240,7 +243,7 @@ class Sources:
 
     def totals(self) -> dict[str, int]:
         """Requests and received bytes of all registries."""
-        stats = [source.stats for source in self._open.values()]
+        stats = [source.stats for source in self._open.values() if isinstance(source, RegistrySource)]
         return {
             "requests": sum(s.requests for s in stats),
             "wire_bytes": sum(s.received_bytes for s in stats),

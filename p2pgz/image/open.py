@@ -22,6 +22,7 @@ from p2pgz.core.content import FileRef, content_key
 from p2pgz.core.digest import Digest
 from p2pgz.core.media import (
     MAX_INDEX_DEPTH,
+    SIZE_UNKNOWN,
     Descriptor,
     ImageConfig,
     Index,
@@ -139,7 +140,7 @@ class ImageOpener:
     async def _document(self, source: ImageSource, descriptor: Descriptor) -> bytes:
         """A document from the pool, or from the source and then kept."""
         kept = await self._pool.get_object(descriptor.digest)
-        if kept is not None and len(kept) == descriptor.size:
+        if kept is not None and descriptor.size in (len(kept), SIZE_UNKNOWN):
             return kept
         document = await source.document(descriptor)
         try:

@@ -7,7 +7,7 @@ next requests do wrong, one each.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -68,7 +68,7 @@ class MemorySource:
         data = self._blob(descriptor)[start:end]
         fault = self.faults.popleft() if self.faults else None
 
-        async def pieces() -> AsyncIterator[bytes]:
+        async def pieces() -> AsyncGenerator[bytes, None]:
             for at in range(0, len(data), self.piece_bytes):
                 await trio.lowlevel.checkpoint()
                 if self.before_piece is not None and hasattr(gate := self.before_piece(), "__await__"):

@@ -123,17 +123,24 @@ def create_app(control: Control) -> Starlette:
 
 
 async def _parse(request: Request, shape: type[Any]) -> Any:
+    """The request's value, or the error it is answered with. Read whole here: later only the disconnect is listened for."""
     body = b""
     async for piece in request.stream():
         body += piece
         if len(body) > REQUEST_MAX_BYTES:
-            raise ConfigError("the request is too large")
+            return ConfigError("the request is too large")
     try:
         return msgspec.json.decode(body, type=shape)
     except msgspec.MsgspecError as error:
-        raise ConfigError(
+        return ConfigError(
             f"the request is not understood: {error}", hint="client and node differ in version?"
-        ) from error
+        )
+
+
+def _value(parsed: Any) -> Any:
+    if isinstance(parsed, P2pgzError):
+        raise parsed
+    return parsed
 
 
 def _line(event: dict[str, Any]) -> bytes:
@@ -185,12 +192,14 @@ async def _outcome(work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, A
 async def _events(
     call: Callable[[Any, Progress], Awaitable[dict[str, Any]]], shape: type[Any], request: Request
 ) -> Response:
+    parsed = await _parse(request, shape)
+
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         async def event(value: dict[str, Any]) -> None:
             await body(_line(value))
 
         async def work() -> dict[str, Any]:
-            return await call(await _parse(request, shape), event)
+            return await call(_value(parsed), event)
 
         await event(await _outcome(work))
 
@@ -200,9 +209,11 @@ async def _events(
 async def _bytes(
     call: Callable[[Any], AsyncIterator[Buffer]], shape: type[Any], request: Request
 ) -> Response:
+    parsed = await _parse(request, shape)
+
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         async def work() -> dict[str, Any]:
-            async for piece in call(await _parse(request, shape)):
+            async for piece in call(_value(parsed)):
                 data = bytes(piece)
                 if data:
                     await body(struct.pack(">I", len(data)) + data)
