@@ -165,14 +165,15 @@ def running_node(settings: Settings, *, start: bool = True) -> NodeClient:
 
 def _start_node(settings: Settings, client: NodeClient) -> None:
     command = [sys.executable, "-m", "p2pgz"]
-    command += ["--config", settings.config_file] if settings.config_file else []
-    command += ["--state-dir", settings.state_dir] if settings.state_dir else []
+    # absolute, since the node has another working directory
+    command += ["--config", str(settings.config_path.absolute())] if settings.config_file else []
+    command += ["--state-dir", str(settings.state_path)] if settings.state_dir else []
     command += ["-v"] if settings.verbose else []
     ready_read, ready_write = os.pipe()
     command += ["node", "--ephemeral", "--ready-fd", str(ready_write)]
-    settings.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
     log_path = settings.state_path / "node.log"
     try:
+        settings.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
         with log_path.open("ab") as log:
             process = subprocess.Popen(
                 _in_own_scope(command),
