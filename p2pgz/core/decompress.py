@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 import zstandard
-from isal import isal_zlib
 
+from p2pgz.core.gzipstream import GZIP_CHOICE_BYTES, GZIP_ERRORS, GzipStream, gzip_stream
 from p2pgz.errors import ImageInvalid
 
 MAX_PIECE_BYTES = 1 << 20
@@ -25,8 +25,6 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # after a first byte of 0x50..0x5f
 _MAGIC_BYTES = 4
-_GZIP_WBITS = 31
-_GZIP_ERRORS: tuple[type[Exception], ...] = (isal_zlib.error, ValueError)  # type: ignore[assignment]  # its stub errs
 _BLOCK_MAX_BYTES = 128 << 10  # RFC 8878 3.1.1.2.4: no zstd block decompresses to more
 _BLOCK_RAW, _BLOCK_RLE = 0, 1
 
@@ -98,14 +96,14 @@ class _Gzip:
     """
 
     def __init__(self) -> None:
-        self._inflater = isal_zlib.decompressobj(_GZIP_WBITS)
-        self._begun = False
+        self._head = b""  # a member's first bytes, too few to choose its codec
+        self._inflater: GzipStream | None = None
         self._padding = False
         self._any_member = False
 
     @property
     def complete(self) -> bool:
-        return self._any_member and not self._begun
+        return self._any_member and self._inflater is None and not self._head
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         for at in range(0, len(data), _MEASURE_BYTES):
@@ -113,31 +111,39 @@ class _Gzip:
 
     def _feed(self, data: bytes) -> Iterator[bytes]:
         while True:
-            if not self._begun:
-                if self._any_member and data[:1] == b"\0":
-                    self._padding = True
-                if self._padding:
-                    if data.strip(b"\0"):
-                        raise _damaged("bytes after the end of the gzip stream")
+            if self._inflater is None:
+                data, self._head = self._head + data, b""
+                if not self._begin(data):
                     return
-                if not data:
-                    return
-                self._begun = True
+                assert self._inflater is not None
             try:
                 piece = self._inflater.decompress(data, MAX_PIECE_BYTES)
-            except _GZIP_ERRORS as error:
+            except GZIP_ERRORS as error:
                 raise _damaged(f"not a gzip stream: {error}") from None
             if piece:
                 yield piece
             if self._inflater.eof:
                 data = self._inflater.unused_data
-                self._inflater = isal_zlib.decompressobj(_GZIP_WBITS)
-                self._begun = False
+                self._inflater = None
                 self._any_member = True
                 continue
             data = self._inflater.unconsumed_tail
             if not data and len(piece) < MAX_PIECE_BYTES:
                 return  # a full piece may leave more inside, though all input is taken
+
+    def _begin(self, data: bytes) -> bool:
+        """Start on the member that begins here; False when there is none, or not enough of it."""
+        if self._any_member and data[:1] == b"\0":
+            self._padding = True
+        if self._padding:
+            if data.strip(b"\0"):
+                raise _damaged("bytes after the end of the gzip stream")
+            return False
+        if len(data) < GZIP_CHOICE_BYTES:
+            self._head = data
+            return False
+        self._inflater = gzip_stream(data)
+        return True
 
 
 class _Zstd:

@@ -12,14 +12,12 @@ member.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, Final, Literal, Protocol, cast
+from typing import IO, TYPE_CHECKING, Final, Literal, cast
 
 import zstandard
-from isal import isal_zlib
-from isal.igzip_lib import IsalError
 
+from p2pgz.core.gzipstream import GZIP_CHOICE_BYTES, GZIP_ERRORS, GzipStream, gzip_stream
 from p2pgz.errors import ChunkCorrupt
 
 if TYPE_CHECKING:
@@ -37,12 +35,6 @@ MAX_ZSTD_WINDOW_BYTES: Final = 128 << 20
 # The codec hands out pieces of this size; larger ones cost more in page faults than they save in calls
 # (measured: 128 KiB takes 1.3 times as long)
 _ZSTD_OUTPUT_BYTES: Final = 32 << 10
-# zlib's number for "gzip header and trailer, 32 KiB window"
-_GZIP_WBITS: Final = 31
-# RFC 1952: byte 3 has the flags of the header
-_GZIP_FLAGS_AT: Final = 3
-_GZIP_CHOICE_BYTES: Final = 4
-_GZIP_FLAG_EXTRA: Final = 4
 
 
 class MemberInflater:
@@ -133,7 +125,7 @@ class _Gzip:
 
     def __init__(self) -> None:
         self._head = b""
-        self._stream: _GzipStream | None = None
+        self._stream: GzipStream | None = None
 
     def run(self, data: memoryview | bytes, room: Callable[[], int], absorb: Callable[[bytes], None]) -> None:
         """Inflate `data` into `absorb` while `room()` is not 0."""
@@ -142,11 +134,11 @@ class _Gzip:
                 if self._stream is None:
                     if self._head:
                         data = self._head + data
-                    if len(data) < _GZIP_CHOICE_BYTES:
+                    if len(data) < GZIP_CHOICE_BYTES:
                         self._head = bytes(data)
                         return
                     self._head = b""
-                    self._stream = _gzip_stream(data)
+                    self._stream = gzip_stream(data)
                 out = self._stream.decompress(data, limit)
                 if out:
                     absorb(out)
@@ -160,31 +152,8 @@ class _Gzip:
                 # a full `out` may leave bytes inside the codec although no input is left
                 if not data and len(out) < limit:
                     return
-        except (IsalError, zlib.error) as error:  # type: ignore[misc]  # isal's stub declares an instance
+        except GZIP_ERRORS as error:
             raise ChunkCorrupt(f"cannot inflate: {error}") from error
-
-
-class _GzipStream(Protocol):
-    """What isal's and zlib's decompression objects have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    @property
-    def unconsumed_tail(self) -> bytes: ...
-    def decompress(self, data: Buffer, max_length: int, /) -> bytes: ...
-
-
-def _gzip_stream(data: memoryview | bytes) -> _GzipStream:
-    """The codec for the member that starts with `data`.
-
-    isal is twice as fast, but loses its place when a header with a file name and comment, or with a checksum,
-    arrives in pieces. No layer writer makes such headers, but gzip(1) does.
-    """
-    if data[_GZIP_FLAGS_AT] & ~_GZIP_FLAG_EXTRA:
-        return zlib.decompressobj(_GZIP_WBITS)
-    return cast("_GzipStream", isal_zlib.decompressobj(_GZIP_WBITS))
 
 
 class _Zstd:

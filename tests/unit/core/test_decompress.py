@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,33 @@ def test_output_left_inside_after_the_last_input_is_not_lost(monkeypatch: pytest
             pieces += stream.finish()
             assert b"".join(pieces) == bytes(size) + b"end"
             assert max(map(len, pieces)) <= 16
+
+
+def _odd_members() -> list[bytes]:
+    """Members whose headers gzip(1) and others write, but no writer of layers: one flag each, and all."""
+    body = os.urandom(700) + b"x" * 700
+    raw = zlib.compressobj(wbits=-15)
+    packed = raw.compress(body) + raw.flush() + struct.pack("<II", zlib.crc32(body), len(body))
+    members = []
+    for flags in (0, 1, 2, 4, 8, 16, 24, 30, 31):
+        header = b"\x1f\x8b\x08" + bytes([flags]) + b"\0\0\0\0\x00\xff"
+        header += b"\x06\0ab\x02\0cd" if flags & 4 else b""
+        header += b"some name\0" if flags & 8 else b""
+        header += b"a comment\0" if flags & 16 else b""
+        header += struct.pack("<H", zlib.crc32(header) & 0xFFFF) if flags & 2 else b""
+        members.append(header + packed)
+    return members
+
+
+@pytest.mark.parametrize("feed_bytes", [1, 2, 3, 5, 11, 13, 17, 64, 1 << 20])
+def test_headers_with_name_comment_and_checksum_may_come_in_pieces(feed_bytes: int) -> None:
+    members = _odd_members()
+    expected = [gzip.decompress(member) for member in members]
+    assert [decompress(member, feed_bytes) for member in members] == expected
+    assert decompress(b"".join(members) + bytes(700), feed_bytes) == b"".join(expected)
+
+
+@pytest.mark.parametrize("rest", [b"\x1f", b"\x1f\x8b\x08", b"?"])
+def test_first_bytes_of_another_member_are_a_cut_stream(rest: bytes) -> None:
+    with pytest.raises(ImageInvalid):
+        decompress(gzip.compress(b"one") + rest)
