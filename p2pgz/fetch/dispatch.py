@@ -18,9 +18,9 @@ import trio
 from p2pgz.core.ranges import plan_ranges
 from p2pgz.core.schedule import GAP_BYTES, REQUEST_MAX_BYTES, Priority, choose
 from p2pgz.core.verify import VerifiedChunk
-from p2pgz.errors import P2pgzError, SourceUnavailable
+from p2pgz.errors import ChunkCorrupt, P2pgzError, SourceUnavailable
 from p2pgz.fetch.flights import Flight
-from p2pgz.fetch.from_registry import fetch_range
+from p2pgz.fetch.from_registry import Outcomes, fetch_range
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
 from p2pgz.pool.pool import Pool
@@ -152,28 +152,15 @@ class Lane:
     async def _run(self, origin: Origin, chosen: list[int], priority: Priority) -> None:
         remaining = set(chosen)
 
-        async def landed(n: int, chunk: VerifiedChunk) -> None:
-            remaining.discard(n)
-            flight = origin.flights[n]
-            try:
-                await self._pool.add(origin.segment, n, chunk)
-            except P2pgzError as error:
-                self._end(origin, flight, error)
-                return
-            self._counters.registry_chunks += 1
-            self._counters.registry_bytes += len(chunk)
-            self._end(origin, flight, None)
-
-        def failed(n: int, error: P2pgzError) -> None:
-            remaining.discard(n)
-            self._counters.corrupt_chunks += 1
-            flight = origin.flights[n]
-            flight.corrupt += 1
-            log.warning("chunk.corrupt", chunk=n, blob=str(origin.descriptor.digest), reason=error.what)
-            if flight.corrupt >= CORRUPT_ATTEMPTS:
-                self._end(origin, flight, error)
-            else:
-                self._again(origin, flight, error, delay_seconds=0.0)
+        async def report(outcomes: Outcomes) -> None:
+            chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
+            remaining.difference_update(n for n, _ in outcomes)
+            error = await self._keep(origin, chunks)
+            for n, _ in chunks:
+                self._end(origin, origin.flights[n], error)
+            for n, outcome in outcomes:
+                if isinstance(outcome, ChunkCorrupt):
+                    self._is_corrupt(origin, origin.flights[n], outcome)
 
         async def pace(count: int) -> None:
             if priority <= Priority.READ_AHEAD:
@@ -190,7 +177,15 @@ class Lane:
             table = origin.segment.table
             plans = plan_ranges(table, chosen, gap_bytes=GAP_BYTES, max_bytes=2 * REQUEST_MAX_BYTES[priority])
             for plan in plans:
-                await fetch_range(origin, plan, landed=landed, failed=failed, pace=pace)
+                log.debug(
+                    "fetch.request",
+                    blob=origin.descriptor.digest.hex[:12],
+                    start=plan.start,
+                    end=plan.end,
+                    priority=priority.name,
+                    chunks=len(chosen),
+                )
+                await fetch_range(origin, plan, report=report, pace=pace)
             self._requeue(origin, remaining, SourceUnavailable(f"{origin.source.name}: chunks were left out"))
         except P2pgzError as error:
             self._requeue(origin, remaining, error)
@@ -201,6 +196,24 @@ class Lane:
             self._running[priority] -= 1
             self._update_calm()
             self.pump()
+
+    async def _keep(self, origin: Origin, chunks: list[tuple[int, VerifiedChunk]]) -> P2pgzError | None:
+        try:
+            await self._pool.add_many(origin.segment, chunks)
+        except P2pgzError as error:
+            return error
+        self._counters.registry_chunks += len(chunks)
+        self._counters.registry_bytes += sum(len(chunk) for _, chunk in chunks)
+        return None
+
+    def _is_corrupt(self, origin: Origin, flight: Flight, error: ChunkCorrupt) -> None:
+        self._counters.corrupt_chunks += 1
+        flight.corrupt += 1
+        log.warning("chunk.corrupt", chunk=flight.n, blob=str(origin.descriptor.digest), reason=error.what)
+        if flight.corrupt >= CORRUPT_ATTEMPTS:
+            self._end(origin, flight, error)
+        else:
+            self._again(origin, flight, error, delay_seconds=0.0)
 
     def _requeue(self, origin: Origin, remaining: Iterable[int], error: P2pgzError) -> None:
         """After a broken request: chunks somebody waits for go back into the queue until their deadline."""

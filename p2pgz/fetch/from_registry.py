@@ -15,7 +15,7 @@ from p2pgz.core.layout import SegmentTable
 from p2pgz.core.members import MemberInflater
 from p2pgz.core.ranges import MemberPlan, RangePlan, plan_ranges
 from p2pgz.core.verify import VerifiedChunk, verify
-from p2pgz.errors import ChunkCorrupt, P2pgzError
+from p2pgz.errors import ChunkCorrupt
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.stall import watched
 from p2pgz.pool.pool import Pool, Segment
@@ -23,19 +23,17 @@ from p2pgz.pool.pool import Pool, Segment
 # A thread hop costs about 60 us, inflating and hashing 64 KiB of compressed bytes about 300 us: below, it does not pay
 THREAD_FROM_BYTES = 64 << 10
 
-Landed = Callable[[int, VerifiedChunk], Awaitable[None]]
-Failed = Callable[[int, P2pgzError], None]
+Outcomes = list[tuple[int, VerifiedChunk | ChunkCorrupt]]
 
 
 async def fetch_range(
     origin: Origin,
     plan: RangePlan,
     *,
-    landed: Landed,
-    failed: Failed,
+    report: Callable[[Outcomes], Awaitable[None]],
     pace: Callable[[int], Awaitable[None]],
 ) -> None:
-    """Run one request and report each chunk of `plan` through `landed` or `failed` (corrupt bytes), once.
+    """Run one request and report each chunk of `plan`, verified or corrupt, once, as soon as it is complete.
 
     Raises SourceUnavailable (and its kin) when the request itself breaks; chunks not reported by then were not fetched.
     `pace(count)` is awaited with the number of bytes received, before the next piece is read.
@@ -43,7 +41,7 @@ async def fetch_range(
     started = trio.current_time()
     first_byte_at = 0.0
     received = 0
-    members = _MemberFeed(origin.segment.table, origin.source.name, plan, landed, failed)
+    members = _MemberFeed(origin.segment.table, origin.source.name, plan)
     async with watched(
         origin.source.blob(origin.descriptor, plan.start, plan.end), origin.source.name
     ) as pieces:
@@ -53,7 +51,8 @@ async def fetch_range(
                 first_byte_at = trio.current_time()
             received += len(piece)
             origin.received_bytes += len(piece)
-            await members.feed(piece)
+            if outcomes := await members.feed(piece):
+                await report(outcomes)
             await pace(len(piece))
     if received:
         body_seconds = trio.current_time() - first_byte_at
@@ -69,95 +68,84 @@ async def harvest(pool: Pool, segment: Segment, data: bytes, start: int, *, sour
     table = segment.table
     inside = [n for n in segment.presence.missing(0, table.chunk_count) if table.blob_offset[n] >= start]
     kept = 0
-
-    async def landed(n: int, chunk: VerifiedChunk) -> None:
-        nonlocal kept
-        await pool.add(segment, n, chunk)
-        kept += 1
-
     for plan in plan_ranges(table, inside, gap_bytes=len(data), max_bytes=len(data)):
-        if plan.end <= start + len(data):
-            members = _MemberFeed(table, source, plan, landed, lambda n, error: None)
-            await members.feed(data[plan.start - start : plan.end - start])
+        if plan.end > start + len(data):
+            continue
+        outcomes = await _MemberFeed(table, source, plan).feed(data[plan.start - start : plan.end - start])
+        chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
+        await pool.add_many(segment, chunks)
+        kept += len(chunks)
     return kept
 
 
 class _MemberFeed:
     """Cuts the response into members and gives each to its inflater; a broken member does not hurt its neighbours."""
 
-    def __init__(
-        self, table: SegmentTable, name: str, plan: RangePlan, landed: Landed, failed: Failed
-    ) -> None:
+    def __init__(self, table: SegmentTable, name: str, plan: RangePlan) -> None:
         if table.compression == "none":
             raise ValueError("a plain layer has no members: it is streamed")
         self._compression: Literal["gzip", "zstd"] = table.compression
         self._assembly = _Assembly(table, name)
-        self._landed = landed
-        self._failed = failed
         self._members = iter(plan.members)
         self._at = plan.start
         self._member: MemberPlan | None = None
         self._inflater: MemberInflater | None = None
+        self._reported: set[int] = set()
         self._next()
 
     def _next(self) -> None:
         self._member = next(self._members, None)
         self._inflater = None
+        self._reported.clear()
         if self._member is not None:
             wanted = [(inner, size) for _, _, inner, size in self._member.wanted]
             self._inflater = MemberInflater(self._compression, wanted)
 
-    async def feed(self, data: bytes) -> None:
+    async def feed(self, data: bytes) -> Outcomes:
+        """What becomes of the next bytes of the response, in a worker thread when they are worth the hop."""
+        if len(data) >= THREAD_FROM_BYTES:
+            return await trio.to_thread.run_sync(self.process, data)
+        return self.process(data)
+
+    def process(self, data: bytes) -> Outcomes:
+        """Inflate and verify: each chunk comes once, verified or with what is wrong with it."""
+        outcomes: Outcomes = []
         view = memoryview(data)
         while view and self._member is not None:
-            skip = self._member.start - self._at
+            member = self._member
+            skip = member.start - self._at
             if skip > 0:
                 view = self._advance(view, skip)
                 continue
-            member = self._member
             room = member.end - self._at
             piece = view[:room]
             view = self._advance(view, room)
-            await self._inflate(member, piece, last=self._at >= member.end)
-            if self._at >= member.end:
+            ended = self._at >= member.end
+            self._inflate(member, piece, outcomes, ended=ended)
+            if ended:
                 self._next()
+        return outcomes
 
     def _advance(self, view: memoryview, count: int) -> memoryview:
         self._at += min(count, len(view))
         return view[count:]
 
-    async def _inflate(self, member: MemberPlan, piece: memoryview, *, last: bool) -> None:
+    def _inflate(self, member: MemberPlan, piece: memoryview, outcomes: Outcomes, *, ended: bool) -> None:
         inflater = self._inflater
         if inflater is None or inflater.finished:
             return
         try:
-            if len(piece) >= THREAD_FROM_BYTES:
-                outcomes = await trio.to_thread.run_sync(self._work, inflater, member, piece)
-            else:
-                outcomes = self._work(inflater, member, piece)
-            if last and not inflater.finished:
-                raise ChunkCorrupt("a member ends before its chunks do")
+            for index, payload in inflater.feed(piece):
+                n, piece_no, _, _ = member.wanted[index]
+                outcome = self._assembly.add(n, piece_no, payload)
+                if outcome is not None:
+                    outcomes.append((n, outcome))
+                    self._reported.add(n)
+            if ended:
+                inflater.close()
         except ChunkCorrupt as error:
             self._inflater = None
-            for n, _, _, _ in member.wanted:
-                self._failed(n, error)
-            return
-        for n, outcome in outcomes:
-            if isinstance(outcome, VerifiedChunk):
-                await self._landed(n, outcome)
-            else:
-                self._failed(n, outcome)
-
-    def _work(
-        self, inflater: MemberInflater, member: MemberPlan, piece: memoryview
-    ) -> list[tuple[int, VerifiedChunk | ChunkCorrupt]]:
-        outcomes: list[tuple[int, VerifiedChunk | ChunkCorrupt]] = []
-        for index, payload in inflater.feed(piece):
-            n, piece_no, _, _ = member.wanted[index]
-            outcome = self._assembly.add(n, piece_no, payload)
-            if outcome is not None:
-                outcomes.append((n, outcome))
-        return outcomes
+            outcomes += [(n, error) for n in {wanted.chunk_no for wanted in member.wanted} - self._reported]
 
 
 class _Assembly:
