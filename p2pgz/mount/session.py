@@ -298,9 +298,10 @@ class FsHost:
     @classmethod
     @asynccontextmanager
     async def open(cls, run_path: Path | None = None) -> AsyncIterator[FsHost]:
-        """A host that keeps the sockets for a later node in `run_path`. Its zygote starts with the first session."""
+        """A host that keeps the sockets for a later node in `run_path`. Its zygote starts at once."""
         async with trio.open_nursery() as nursery:
             host = cls(nursery, run_path)
+            nursery.start_soon(host._spawner.prepare)
             try:
                 yield host
             finally:

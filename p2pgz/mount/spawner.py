@@ -34,6 +34,12 @@ class Spawner:
         self._control: socket.socket | None = None
         self._starting = trio.Lock()
 
+    async def prepare(self) -> None:
+        """Start the zygote before anybody needs it: its imports cost more than all else of a mount."""
+        async with self._starting:
+            if self._control is None:
+                await self._start()
+
     async def fork(self, channel: socket.socket) -> None:
         """Start an `fs` process that has this socket as its channel."""
         async with self._starting:
