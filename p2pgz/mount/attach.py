@@ -100,12 +100,34 @@ def make_detached(
     except BaseException:
         os.close(fuse_fd)
         raise
-    return FuseMount(fuse_fd, mount_fd, _device_of(mount_fd))
+    return FuseMount(fuse_fd, mount_fd, device_of(mount_fd))
+
+
+def open_context(fs_name: str) -> int:
+    """fsopen(2); the descriptor takes what the functions below set."""
+    return _syscall(SYS_FSOPEN, fs_name.encode(), FSOPEN_CLOEXEC)
+
+
+def set_string(context_fd: int, name: str, value: str) -> None:
+    """One `name=value` of a mount that is being made."""
+    _syscall(SYS_FSCONFIG, context_fd, FSCONFIG_SET_STRING, name.encode(), os.fsencode(value), 0)
+
+
+def set_flag(context_fd: int, name: str) -> None:
+    """One flag of a mount that is being made."""
+    _syscall(SYS_FSCONFIG, context_fd, FSCONFIG_SET_FLAG, name.encode(), None, 0)
+
+
+def create_and_mount(context_fd: int, *, suid: bool, dev: bool) -> int:
+    """Make the superblock, and a read-only mount of it that is attached nowhere."""
+    _syscall(SYS_FSCONFIG, context_fd, FSCONFIG_CMD_CREATE, None, None, 0)
+    attributes = MOUNT_ATTR_RDONLY | (0 if suid else MOUNT_ATTR_NOSUID) | (0 if dev else MOUNT_ATTR_NODEV)
+    return _syscall(SYS_FSMOUNT, context_fd, FSMOUNT_CLOEXEC, attributes)
 
 
 def _new_context() -> int:
     try:
-        return _syscall(SYS_FSOPEN, b"fuse", FSOPEN_CLOEXEC)
+        return open_context("fuse")
     except OSError as error:
         hint = {
             errno.EPERM: "mounting needs root or CAP_SYS_ADMIN; run the node as yourself to mount through fusermount3",
@@ -132,27 +154,24 @@ def _configure_and_mount(
     name = ""
     try:
         for name, value in strings.items():
-            _syscall(SYS_FSCONFIG, context_fd, FSCONFIG_SET_STRING, name.encode(), os.fsencode(value), 0)
+            set_string(context_fd, name, value)
         for name in flags:
-            _syscall(SYS_FSCONFIG, context_fd, FSCONFIG_SET_FLAG, name.encode(), None, 0)
+            set_flag(context_fd, name)
         name = "create"
-        _syscall(SYS_FSCONFIG, context_fd, FSCONFIG_CMD_CREATE, None, None, 0)
-        name = "mount"
-        attributes = MOUNT_ATTR_RDONLY | (0 if suid else MOUNT_ATTR_NOSUID) | (0 if dev else MOUNT_ATTR_NODEV)
-        return _syscall(SYS_FSMOUNT, context_fd, FSMOUNT_CLOEXEC, attributes)
+        return create_and_mount(context_fd, suid=suid, dev=dev)
     except OSError as error:
         hint = READ_INSTEAD
         if name == "context":
             hint = "SELinux is not in use on this host, or does not know that context: leave --context out"
         elif error.errno == errno.EPERM:
             hint = "mounting needs root or CAP_SYS_ADMIN"
-        said = _context_messages(context_fd)
+        said = context_messages(context_fd)
         raise MountUnavailable(
             f"cannot make a FUSE mount ({name}): {error.strerror}{': ' + said if said else ''}", hint=hint
         ) from error
 
 
-def _context_messages(context_fd: int) -> str:
+def context_messages(context_fd: int) -> str:
     """What the kernel wrote about the failure, if anything (one message per read, ENODATA at the end)."""
     messages: list[str] = []
     try:
@@ -163,7 +182,7 @@ def _context_messages(context_fd: int) -> str:
     return "; ".join(messages)
 
 
-def _device_of(mount_fd: int) -> int:
+def device_of(mount_fd: int) -> int:
     """st_dev, without asking the file system (nobody answers for it yet): statx with AT_STATX_DONT_SYNC."""
     buffer = ctypes.create_string_buffer(256)
     flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
