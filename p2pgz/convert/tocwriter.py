@@ -186,22 +186,32 @@ def settle(entries: list[Written]) -> list[tuple[bytes | None, bytes]]:
 
 
 def _gone(entries: list[Written], last: dict[bytes, int]) -> set[int]:
+    """Indexes of entries that a later one replaces, or lays itself over as a file where a directory was.
+
+    One pass over the names in the order of a walk, in which what is below a name follows it at once: the cost does not
+    grow with the depth of the tree.
+    """
     gone = (
         set()
         if len(last) == len(entries)
         else {index for index, w in enumerate(entries) if last[w.name] != index}
     )
-    parents = {written.name.rpartition(b"/")[0] for written in entries}
-    replaced = {
-        name: index for name in parents if (index := last.get(name, -1)) >= 0 and entries[index].header.kind != "dir"
-    }  # fmt: skip
-    if not replaced:
-        return gone
+    covered: dict[bytes, int] = {}  # the last entry of a name that is no directory
     for index, written in enumerate(entries):
-        parent = written.name
-        while parent:
-            parent = parent.rpartition(b"/")[0]
-            if replaced.get(parent, -1) > index:
-                gone.add(index)
-                break
+        if written.header.kind != "dir":
+            covered[written.name] = index
+    # NUL sorts before every byte that a name can hold, so `a/b` stands before `a-b`
+    order = sorted(range(len(entries)), key=lambda index: entries[index].name.replace(b"/", b"\0"))
+    above: list[
+        tuple[bytes, int]
+    ] = []  # (prefix, last entry that covers it or one above) of the names we are below
+    for index in order:
+        name = entries[index].name
+        while above and not name.startswith(above[-1][0]):
+            above.pop()
+        if above and above[-1][1] > index:
+            gone.add(index)
+        at = covered.get(name, -1)
+        if at >= 0 and name and (not above or at > above[-1][1]):
+            above.append((name + b"/", at))
     return gone
