@@ -84,10 +84,18 @@ class SourceUnavailable(P2pgzError):
     retryable = True
 
 
+class PeerFault(SourceUnavailable):
+    """A peer broke the protocol or one of our limits: close the connection, it loses its place; ask another source."""
+
+
 class MountUnavailable(P2pgzError):
     """The kernel, FUSE or the mount point does not allow this mount."""
 
     exit_code = 14
+
+
+class ResendUnavailable(MountUnavailable):
+    """The kernel cannot give a new file system process the requests that a killed one had read: mount again."""
 
 
 class ConfigError(P2pgzError):
