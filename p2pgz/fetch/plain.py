@@ -35,8 +35,8 @@ Payloads = list[tuple[bytes, bytes]]
 
 # One thread hop for this much compressed data: 60 us against some milliseconds of inflating and hashing
 STEP_BYTES = 256 << 10
-# Chunks put into the pool in one go, when a spool becomes a segment
-ADD_CHUNKS = 64
+# What is put into the pool in one go, when a spool becomes a segment
+ADD_BYTES = 4 << 20
 
 
 class _LayerStream:
@@ -176,15 +176,18 @@ async def _move_into_pool(pool: Pool, segment: Segment, index: PlainIndex, spool
             number_of[chunk.offset, chunk.end] = n
             n += 1
     batch: list[tuple[int, int, int]] = []
-    at = 0
-    stored = stored_chunks(index.toc)
-    for count, chunk in enumerate(stored, 1):
+    at = start = 0
+
+    async def add() -> None:
+        await pool.add_many(segment, await trio.to_thread.run_sync(_read_back, spool, segment, batch))
+
+    for chunk in stored_chunks(index.toc):
         batch.append((number_of[chunk.offset, chunk.end], at, chunk.size))
         at += chunk.size
-        if len(batch) == ADD_CHUNKS or count == len(stored):
-            chunks = await trio.to_thread.run_sync(_read_back, spool, segment, batch)
-            await pool.add_many(segment, chunks)
-            batch = []
+        if at - start >= ADD_BYTES:
+            await add()
+            batch, start = [], at
+    await add()
 
 
 def _read_back(
