@@ -53,6 +53,10 @@ class Kind(IntEnum):
     """fs → node: a file is read for the first time, by inode and chunk; only when the session asked for it"""
     READ_AHEAD = 8
     """node → fs: set the kernel's read-ahead of this mount to `amount` KiB"""
+    DRAIN = 9
+    """node → fs: read no more requests of the kernel, answer those you have read, then end; a successor takes over"""
+    DRAINING = 10
+    """fs → node: I read no more of them"""
 
 
 class Record(NamedTuple):

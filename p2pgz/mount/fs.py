@@ -26,6 +26,7 @@ from p2pgz.core.layout import SegmentTable
 from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.image.treefile import TreeFile
 from p2pgz.mount import attach, kernel, relink, setup
+from p2pgz.mount.hold import Hold
 from p2pgz.mount.link import NodeLink
 from p2pgz.mount.setup import Ready, SessionOptions
 from p2pgz.mount.tree import Segment, TreeOperations
@@ -82,13 +83,14 @@ def run(connection: socket.socket) -> int:
     mount = None
     try:
         image = _open_image(options)
-        mount = _make_mount(options)
-        served = _Served(image, options, mount)
+        hold = Hold(Path(options.holder_path), options.hold_id) if options.holder_path else None
+        mount = _resume_mount(options, hold) if options.resume else _make_mount(options)
+        served = _Served(image, options, mount, hold)
     except Exception as error:
         if not isinstance(error, P2pgzError):
             log.exception("the session could not start")
             error = MountUnavailable(f"the file system process failed: {type(error).__name__}: {error}")
-        if mount is not None and mount.mount_fd < 0:
+        if mount is not None and mount.mount_fd < 0 and not options.resume:
             os.close(mount.fuse_fd)
             with suppress(P2pgzError):
                 unmount(options.directory)
@@ -170,23 +172,39 @@ def _make_mount(options: SessionOptions) -> attach.FuseMount:
     )
 
 
+def _resume_mount(options: SessionOptions, hold: Hold | None) -> attach.FuseMount:
+    """Go on with a mount whose last process is gone, or is ending and reads no more requests (`resend` is off then)."""
+    if hold is None:
+        raise MountUnavailable("a mount without a holder cannot be resumed")
+    fuse_fd, device = hold.take()
+    if options.resend:
+        kernel.resend(fuse_fd)
+    return attach.FuseMount(fuse_fd, -1, device)
+
+
 class _Served:
     """A mounted image and what serves it."""
 
-    def __init__(self, image: _Image, options: SessionOptions, mount: attach.FuseMount) -> None:
+    def __init__(
+        self, image: _Image, options: SessionOptions, mount: attach.FuseMount, hold: Hold | None
+    ) -> None:
         self._options = options
         self._mount = mount
+        self._hold = hold
+        self._draining = False
         self._presences = image.presences
         self._listener = relink.listen(Path(options.socket_path)) if options.socket_path else None
         self._link = NodeLink(
             image.presences,
             read_deadline_seconds=options.read_deadline_seconds,
             set_read_ahead=self._set_read_ahead,
+            drain=self._drain,
         )
         self._spoiled, self._to_invalidate = trio.open_memory_channel[tuple[int, int, int]](
             INVALIDATIONS_QUEUED
         )
-        door = kernel.LibfuseDoor(mount.fuse_fd, kernel.answer_init(mount.fuse_fd))
+        greeting = kernel.greeting() if options.resume else kernel.answer_init(mount.fuse_fd)
+        door = kernel.LibfuseDoor(mount.fuse_fd, greeting)
         self._set_read_ahead(options.read_ahead_kb)
         operations = TreeOperations(
             image.tree,
@@ -197,6 +215,8 @@ class _Served:
             observe=options.observe,
         )
         pyfuse3.init(operations, door.path, set())
+        if hold is not None and not options.resume:
+            hold.give(mount.fuse_fd, mount.device)
 
     def announce(self, connection: socket.socket) -> None:
         """Tell the node that the mount can be used, and let go of it: a descriptor kept here would keep it busy."""
@@ -215,13 +235,15 @@ class _Served:
         signal.setitimer(signal.ITIMER_REAL, UNSTICK_SECONDS, UNSTICK_SECONDS)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_link, connection)
+            if self._hold is not None:
+                nursery.start_soon(self._hold.keep)
             for _ in range(INVALIDATION_THREADS):
                 nursery.start_soon(self._invalidate)
             await pyfuse3.main(1, kernel.MAX_TASKS)
-            if (
-                self._options.socket_path
-            ):  # before the channel ends: the node takes that as the end of everything
-                Path(self._options.socket_path).unlink(missing_ok=True)
+            # before the channel ends: the node takes that as the end of everything
+            self._unlink_socket()
+            if self._hold is not None and not self._draining:
+                self._hold.release()
             nursery.cancel_scope.cancel()
 
     async def _keep_link(self, connection: socket.socket) -> None:
@@ -233,6 +255,16 @@ class _Served:
             found = await relink.accept(self._listener, self._options, self._presences)
             found.setblocking(False)
             await self._link.run(found)
+
+    def _drain(self) -> None:
+        """Leave the kernel's requests to a successor; what was read is still answered."""
+        self._draining = True
+        self._unlink_socket()
+        pyfuse3.terminate()
+
+    def _unlink_socket(self) -> None:
+        if self._options.socket_path:
+            Path(self._options.socket_path).unlink(missing_ok=True)
 
     def _set_read_ahead(self, kilobytes: int) -> None:
         if self._mount.device:

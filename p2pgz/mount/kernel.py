@@ -8,16 +8,20 @@ goes to the device after the fact, where the kernel drops it (ENOENT). The proto
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import socket
 import struct
 from pathlib import Path
 from typing import Final
 
-from p2pgz.errors import MountUnavailable
+from p2pgz.errors import MountUnavailable, ResendUnavailable
 
 FUSE_INIT: Final = 26
 FUSE_NOTIFY_INVAL_INODE: Final = 2
+FUSE_NOTIFY_RESEND: Final = 7
+RESEND_SINCE: Final = (6, 9, 4)  # in 6.9 already, but re-sent requests could be lost there
 IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
 INIT_IN: Final = struct.Struct("=IIII")  # major, minor, max_readahead, flags; newer fields follow
 INIT_OUT: Final = struct.Struct("=IIIIHHIIHHI28x")
@@ -85,6 +89,40 @@ def answer_init(fuse_fd: int) -> bytes:
     heard = bytearray(message)
     INIT_IN.pack_into(heard, IN_HEADER.size, major, minor, MAX_READ_AHEAD_BYTES, flags & ~FUSE_MAX_PAGES)
     return bytes(heard)
+
+
+def greeting() -> bytes:
+    """A FUSE_INIT for `LibfuseDoor` when the kernel's own was answered long ago, by the process before this one."""
+    body = INIT_IN.pack(PROTOCOL_MAJOR, PROTOCOL_MINOR, MAX_READ_AHEAD_BYTES, WANTED_FLAGS & ~FUSE_MAX_PAGES)
+    return IN_HEADER.pack(IN_HEADER.size + len(body), FUSE_INIT, 1, 0, 0, 0, os.getpid(), 0, 0) + body
+
+
+def resend(fuse_fd: int) -> None:
+    """Have the kernel queue again what a process that is gone had read and not answered. Nobody else may be reading.
+
+    Raises ResendUnavailable where the kernel cannot.
+    """
+    try:
+        if _kernel_version() < RESEND_SINCE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
+    except OSError as error:
+        if error.errno in {errno.ENODEV, errno.ENOTCONN}:
+            raise MountUnavailable("the mount is gone") from error
+        raise no_resend() from error
+
+
+def no_resend() -> ResendUnavailable:
+    """Why a mount cannot go on."""
+    return ResendUnavailable(
+        "this kernel cannot send requests again that a killed process had read",
+        hint=f"Linux {'.'.join(map(str, RESEND_SINCE))} or later can; mount again",
+    )
+
+
+def _kernel_version() -> tuple[int, ...]:
+    numbers = re.findall(r"[0-9]+", os.uname().release.partition("-")[0])
+    return tuple(int(number) for number in numbers[:3])
 
 
 class LibfuseDoor:

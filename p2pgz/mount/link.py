@@ -42,6 +42,7 @@ class NodeLink:
         *,
         read_deadline_seconds: float,
         set_read_ahead: Callable[[int], object],
+        drain: Callable[[], object] = lambda: None,
     ) -> None:
         self.presences = presences
         self.demand = Demand()
@@ -50,6 +51,7 @@ class NodeLink:
         self.reads = 0
         self._deadline_seconds = read_deadline_seconds
         self._set_read_ahead = set_read_ahead
+        self._drain = drain
         self._socket: socket.socket | None = None
         self._outbox: deque[Record] = deque()
         self._clogged = trio.Event()
@@ -159,5 +161,8 @@ class NodeLink:
                 self.send([Record(Kind.PONG, 0, 0, lookups, reads, len(self.demand), record.id)])
             case Kind.READ_AHEAD:
                 self._set_read_ahead(record.amount)
+            case Kind.DRAIN:
+                self._drain()
+                self.send([Record(Kind.DRAINING)])
             case _:
                 self.garbage += 1

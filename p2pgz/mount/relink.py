@@ -8,6 +8,7 @@ of the node therefore never breaks a mount: readers wait meanwhile.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -24,11 +25,23 @@ from p2pgz.pool.presence import Presence
 
 HANDSHAKE_SECONDS: Final = 10.0
 SOCKET_PATTERN: Final = "fs-*.sock"
+_SOCKET_NAME: Final = re.compile(r"fs-([0-9a-f]+)-[0-9a-f]+\.sock")
 _UCRED: Final = struct.Struct("=iII")
 
 
+def socket_name(mount_id: str, process: str) -> str:
+    """The file name of a process's socket: which mount it serves, and which of its processes it is."""
+    return f"fs-{mount_id}-{process}.sock"
+
+
+def mount_id_of(path: Path) -> str:
+    """The mount that the process at a socket serves; empty when its name does not say."""
+    match = _SOCKET_NAME.fullmatch(path.name)
+    return match[1] if match else ""
+
+
 @contextmanager
-def _short_path(path: Path) -> Iterator[str]:
+def short_path(path: Path) -> Iterator[str]:
     """The same socket by a name that fits into sockaddr_un (108 bytes), whatever the directory's length."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -41,7 +54,7 @@ def listen(path: Path) -> socket.socket:
     """The socket where a later node finds this process; for its owner only."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        with _short_path(path) as name:
+        with short_path(path) as name:
             old_mask = os.umask(0o177)
             try:
                 listener.bind(name)
@@ -146,7 +159,7 @@ async def connect(path: Path, adopt: Adopt) -> tuple[socket.socket, SessionOptio
     with channel:
         try:
             with trio.fail_after(HANDSHAKE_SECONDS):
-                with _short_path(path) as name:
+                with short_path(path) as name:
                     await channel.connect(name)
                 assembler = setup.Assembler(with_fds=False)
                 options = None

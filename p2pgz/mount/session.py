@@ -8,9 +8,10 @@ never reads a mount.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -42,7 +43,7 @@ START_SECONDS: Final = (
     20.0  # a start takes milliseconds; a loaded machine imports pyfuse3 and trio for seconds
 )
 PING_SECONDS: Final = 1.0
-SILENT_SECONDS: Final = 10.0  # design, section 2: then something is wrong with the process
+SILENT_PINGS: Final = 10  # pings without an answer, seconds apart: then something is wrong with the process
 EXIT_NOTICE_SECONDS: Final = 2.0
 # Each is a task of ours. An `fs` has at most 2000 handlers, a handler some dozen missing chunks
 MAX_UNANSWERED: Final = 65_536
@@ -99,6 +100,7 @@ class FsSession:
         self._expects_exit = False
         self._exited = trio.Event()
         self._closed = trio.Event()
+        self._draining = trio.Event()
 
     @property
     def mount_fd(self) -> int:
@@ -135,6 +137,12 @@ class FsSession:
             await event.wait()
         finally:
             self._pings.pop(number, None)
+
+    async def drain(self) -> None:
+        """Have the process leave the kernel's requests to a successor and end once it has answered those it read; returns
+        when it reads no more. The caller sets a time limit."""
+        self._send(Record(Kind.DRAIN))
+        await self._draining.wait()
 
     def set_read_ahead(self, kilobytes: int) -> None:
         """Change the kernel's read-ahead: more once the image is complete (`setup.READ_AHEAD_COMPLETE_KB`)."""
@@ -207,6 +215,8 @@ class FsSession:
                     event.set()
             case Kind.HELLO:
                 self.pid = self.pid or record.id
+            case Kind.DRAINING:
+                self._draining.set()
             case Kind.OBSERVED if record.segment < len(self.options.segments):
                 if self._observe is not None:
                     self._observe(record.id, record.segment, record.first, record.amount)
@@ -269,13 +279,23 @@ class FsSession:
             self._flush()
 
     async def _ping_for_ever(self) -> None:
-        silent = False
+        heard_at, unheard = self._heard_at, 0
         while True:
+            # counted, not timed: while this process was stopped, or the machine slept, nobody was asked
             await trio.sleep(PING_SECONDS)
+            unheard = unheard + 1 if self._heard_at == heard_at else 0
+            heard_at = self._heard_at
             self._send(Record(Kind.PING))
-            if self.silent_seconds > SILENT_SECONDS and not silent:
-                log.warning("fs.silent", pid=self.pid, source=self.options.source_name)
-            silent = self.silent_seconds > SILENT_SECONDS
+            if unheard != SILENT_PINGS:
+                continue
+            log.error("fs.silent", pid=self.pid, source=self.options.source_name)
+            if self.options.hold_id and self.pid:  # it can be replaced
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+                with suppress(OSError):
+                    self._socket.shutdown(
+                        socket.SHUT_RDWR
+                    )  # it may hang in the kernel and keep its side open
 
 
 class _EndedEarlyError(MountUnavailable):
@@ -316,7 +336,8 @@ class FsHost:
         Raises MountUnavailable or StateError; then no process and no mount is left.
         """
         if self._run_path is not None and not options.socket_path:
-            options = msgspec.structs.replace(options, socket_path=self._run_path / f"fs-{token_hex(8)}.sock")
+            name = relink.socket_name(options.hold_id or token_hex(8), token_hex(4))
+            options = msgspec.structs.replace(options, socket_path=self._run_path / name)
         try:
             return await self._start(options, ensure, observe)
         except _EndedEarlyError:

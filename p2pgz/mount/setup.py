@@ -20,7 +20,8 @@ from typing import Final
 
 import msgspec
 
-from p2pgz.errors import ImageInvalid, MountUnavailable, P2pgzError, StateError
+from p2pgz import __version__
+from p2pgz.errors import ImageInvalid, MountUnavailable, P2pgzError, ResendUnavailable, StateError
 
 FDS_PER_DATAGRAM: Final = 64  # the kernel takes 253 (SCM_MAX_FD)
 PART_BYTES: Final = 48 << 10  # far below the default socket buffer of 208 KiB
@@ -64,6 +65,16 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
     """report the first read of every file"""
     socket_path: str | Path = ""
     """where a later node finds this `fs`; empty: nowhere"""
+    holder_path: str | Path = ""
+    """the holder that keeps the mount's descriptor; empty: nobody does"""
+    hold_id: str = ""
+    """the mount's name there"""
+    resume: bool = False
+    """the mount exists: take its descriptor from the holder in place of making one"""
+    resend: bool = True
+    """when resuming, ask the kernel for the requests that the last `fs` had read and not answered"""
+    version: str = __version__
+    """of p2pgz in this `fs`; told to a node that takes over"""
 
 
 class _SegmentsPart(msgspec.Struct, frozen=True, tag="segments"):
@@ -84,6 +95,12 @@ class _SessionPart(msgspec.Struct, frozen=True, tag="session"):
     read_ahead_kb: int
     observe: bool
     socket_path: bytes
+    # an `fs` of an older version does not say these
+    holder_path: bytes = b""
+    hold_id: str = ""
+    resume: bool = False
+    resend: bool = True
+    version: str = ""
 
 
 class PresencePart(msgspec.Struct, frozen=True, tag="presence"):
@@ -112,7 +129,7 @@ Message = _SegmentsPart | _SessionPart | PresencePart | Ready | Failed
 Datagram = tuple[bytes, list[int]]
 _decoder: Final = msgspec.msgpack.Decoder(Message)
 _KINDS: Final[dict[str, type[P2pgzError]]] = {
-    kind.__name__: kind for kind in (MountUnavailable, StateError, ImageInvalid)
+    kind.__name__: kind for kind in (MountUnavailable, ResendUnavailable, StateError, ImageInvalid)
 }
 
 
@@ -161,6 +178,11 @@ def encode_session(options: SessionOptions, *, with_fds: bool) -> Iterator[Datag
         read_ahead_kb=options.read_ahead_kb,
         observe=options.observe,
         socket_path=os.fsencode(options.socket_path),
+        holder_path=os.fsencode(options.holder_path),
+        hold_id=options.hold_id,
+        resume=options.resume,
+        resend=options.resend,
+        version=options.version,
     )
     yield encode(last), []
 
@@ -234,6 +256,11 @@ class Assembler:
             read_ahead_kb=part.read_ahead_kb,
             observe=part.observe,
             socket_path=os.fsdecode(part.socket_path),
+            holder_path=os.fsdecode(part.holder_path),
+            hold_id=part.hold_id,
+            resume=part.resume,
+            resend=part.resend,
+            version=part.version,
         )
 
     def close(self) -> None:
