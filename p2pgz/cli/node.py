@@ -17,6 +17,8 @@ from p2pgz.errors import P2pgzError
 @click.pass_obj
 def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
     """Run the node in the foreground. SIGTERM ends it; mounts go on with the bytes that are here."""
+    import gc
+
     import trio
 
     from p2pgz import node as daemon
@@ -30,6 +32,10 @@ def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
     try:
         loaded = settings.load()
         log.set_up(loaded.config.log.level)
+        # Opening an image makes some hundred thousand objects without cycles: with the default thresholds the collector
+        # looks at all of them again and again (0.09 of 0.52 s for 50 000 entries), on the event loop
+        gc.freeze()
+        gc.set_threshold(100_000, 50, 100)
         trio.run(
             daemon.run_node,
             loaded.config,
