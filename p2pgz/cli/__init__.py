@@ -6,6 +6,7 @@ P2pgzError with an exit code (docs/reference/exit-codes.md).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -43,6 +44,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"p2pgz.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name)
+        _accept_globals(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -64,14 +66,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "P2PGZ"}
 )
 @click.version_option(__version__, prog_name="p2pgz")
-@click.option(
-    "--state-dir", metavar="DIR", help="State directory: selects the node.", envvar="P2PGZ_STATE_DIR"
-)
-@click.option("--config", "config_file", metavar="FILE", help="Configuration file.", envvar="P2PGZ_CONFIG")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("-v", "--verbose", is_flag=True, help="Log more.")
-@click.pass_context
-def cli(ctx: click.Context, /, **options: Any) -> None:
+def cli() -> None:
     """Lazy, verified, peer-to-peer distribution of container images.
 
     \b
@@ -79,9 +74,59 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     p2pgz ls python:3.12 /usr/bin       look without mounting
     p2pgz convert python:3.12 oci:out   make an image lazily mountable
     """
+
+
+def _global_options() -> list[click.Option]:
+    """What every command takes, before or behind its name; behind wins."""
+    return [
+        click.Option(
+            ["--state-dir"],
+            metavar="DIR",
+            help="State directory: selects the node.",
+            envvar="P2PGZ_STATE_DIR",
+            expose_value=False,
+            callback=_set_global,
+        ),
+        click.Option(
+            ["--config", "config_file"],
+            metavar="FILE",
+            help="Configuration file.",
+            envvar="P2PGZ_CONFIG",
+            expose_value=False,
+            callback=_set_global,
+        ),
+        click.Option(
+            ["-q", "--quiet"], is_flag=True, help="No progress.", expose_value=False, callback=_set_global
+        ),
+        click.Option(
+            ["-v", "--verbose"], is_flag=True, help="Log more.", expose_value=False, callback=_set_global
+        ),
+    ]
+
+
+def _set_global(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     from p2pgz.cli.context import Settings
 
-    ctx.obj = Settings(**options)
+    assert param.name is not None
+    settings = ctx.obj or Settings()
+    source = ctx.get_parameter_source(param.name)
+    given = source is not None and source.name == "COMMANDLINE"
+    # behind the command's name only what was typed there counts: the environment has been looked at before
+    if value and (given or ctx.parent is None):
+        settings = dataclasses.replace(settings, **{param.name: value})
+    ctx.obj = settings
+
+
+def _accept_globals(command: click.Command) -> None:
+    """Give a command, and those in it, the global options, once."""
+    if not any(param.name == "state_dir" for param in command.params):
+        command.params += _global_options()
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _accept_globals(inner)
+
+
+cli.params += _global_options()
 
 
 def main() -> NoReturn:

@@ -194,6 +194,7 @@ def _start_node(settings: Settings, client: NodeClient) -> None:
     if said.get("event") == "ready":
         return
     if said:
+        process.wait()  # it has said why it ends
         if client.is_up():  # two commands started a node at the same moment: the other one won the lock
             return
         _result(said)

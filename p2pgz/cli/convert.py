@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "layer_format",
-    type=click.Choice(["estargz", "zstd:chunked"]),
+    type=click.Choice(["estargz", "zstd:chunked", "zstd:chunked-stargz"]),
     default="estargz",
     show_default=True,
+    help="estargz: for every runtime; zstd:chunked: podman's; zstd:chunked-stargz: stargz-snapshotter's.",
 )
 @click.option("--chunk-size", type=int, default=None, metavar="BYTES", help="Chunk size; default: 1 MiB.")
 @click.option("--level", type=int, default=None, help="Compression level: 1-12 (libdeflate), 1-22 (zstd).")

@@ -24,7 +24,13 @@ from p2pgz.errors import P2pgzError
 @click.command()
 @click.argument("reference", metavar="REF")
 @click.argument("directory", metavar="DIR", type=click.Path())
-@click.option("--mode", type=click.Choice(["auto", "tree", "erofs"]), default="auto", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "tree", "erofs"]),
+    default="auto",
+    show_default=True,
+    help="How the kernel is served; auto takes the best one that works here.",
+)
 @click.option("--fill/--no-fill", "fill", default=None, help="Fetch the rest in the background.")
 @click.option("--suid", is_flag=True, help="Honour setuid bits and file capabilities (root).")
 @click.option("--dev", is_flag=True, help="Honour device nodes (root).")
