@@ -31,6 +31,8 @@ API_SOCKET = "api.sock"
 DESCRIPTOR_SOCKET = "fd.sock"
 # A node starts in well under a second; a slow disk that checks its pool may take longer
 NODE_START_SECONDS = 60.0
+# A node that holds the lock listens soon after; one that never does is broken, and then its lock is the error to show
+RIVAL_START_SECONDS = 5.0
 
 
 def connect(path: Path) -> socket.socket:
@@ -195,10 +197,19 @@ def _start_node(settings: Settings, client: NodeClient) -> None:
         return
     if said:
         process.wait()  # it has said why it ends
-        if client.is_up():  # two commands started a node at the same moment: the other one won the lock
-            return
+        if said.get("type") == StateError.__name__ and _comes_up(client):
+            return  # two commands started a node at the same moment, and the other one won the lock
         _result(said)
     raise NodeUnavailable("the node did not start", hint=f"see {log_path}")
+
+
+def _comes_up(client: NodeClient) -> bool:
+    deadline = time.monotonic() + RIVAL_START_SECONDS
+    while time.monotonic() < deadline:
+        if client.is_up():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _read_ready(ready: IO[bytes], process: subprocess.Popen[bytes]) -> dict[str, Any]:
