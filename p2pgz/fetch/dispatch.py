@@ -19,6 +19,7 @@ from p2pgz.core.ranges import plan_ranges
 from p2pgz.core.schedule import GAP_BYTES, REQUEST_MAX_BYTES, Priority, choose
 from p2pgz.core.verify import VerifiedChunk
 from p2pgz.errors import ChunkCorrupt, P2pgzError, SourceUnavailable
+from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.from_registry import Outcomes, fetch_range
 from p2pgz.fetch.limiter import RateLimiter
@@ -34,17 +35,6 @@ CORRUPT_ATTEMPTS = 2
 BACKGROUND_ATTEMPTS = 4
 BACKOFF_START_SECONDS = 0.1
 BACKOFF_MAX_SECONDS = 3.0
-
-
-class Counters:
-    """What the sources supplied since the node started: plain ints, read at scrape time."""
-
-    __slots__ = ("corrupt_chunks", "pool_bytes", "pool_chunks", "registry_bytes", "registry_chunks")
-
-    def __init__(self) -> None:
-        self.pool_chunks = self.pool_bytes = 0
-        self.registry_chunks = self.registry_bytes = 0
-        self.corrupt_chunks = 0
 
 
 class Lane:
@@ -202,8 +192,7 @@ class Lane:
             await self._pool.add_many(origin.segment, chunks)
         except P2pgzError as error:
             return error
-        self._counters.registry_chunks += len(chunks)
-        self._counters.registry_bytes += sum(len(chunk) for _, chunk in chunks)
+        self._counters.from_registry(chunk for _, chunk in chunks)
         return None
 
     def _is_corrupt(self, origin: Origin, flight: Flight, error: ChunkCorrupt) -> None:

@@ -59,22 +59,24 @@ async def fetch_range(
         origin.link.sample(first_byte_at - started, received, body_seconds)
 
 
-async def harvest(pool: Pool, segment: Segment, data: bytes, start: int, *, source: str) -> int:
+async def harvest(
+    pool: Pool, segment: Segment, data: bytes, start: int, *, source: str
+) -> list[VerifiedChunk]:
     """Keep the chunks whose bytes are all in `data`, which is what stands in the blob from offset `start` on.
 
-    The request for a layer's tail often brings a good part of a small layer, or all of it. Returns how many chunks were
+    The request for a layer's tail often brings a good part of a small layer, or all of it. Returns what was
     kept; damaged ones are left to be fetched.
     """
     table = segment.table
     inside = [n for n in segment.presence.missing(0, table.chunk_count) if table.blob_offset[n] >= start]
-    kept = 0
+    kept: list[VerifiedChunk] = []
     for plan in plan_ranges(table, inside, gap_bytes=len(data), max_bytes=len(data)):
         if plan.end > start + len(data):
             continue
         outcomes = await _MemberFeed(table, source, plan).feed(data[plan.start - start : plan.end - start])
         chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
         await pool.add_many(segment, chunks)
-        kept += len(chunks)
+        kept += [chunk for _, chunk in chunks]
     return kept
 
 

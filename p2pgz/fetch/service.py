@@ -16,7 +16,8 @@ from p2pgz.core.model import ChunkKind
 from p2pgz.core.schedule import LinkEstimate, Priority
 from p2pgz.core.verify import verify
 from p2pgz.errors import ChunkMissing, P2pgzError, SourceUnavailable
-from p2pgz.fetch.dispatch import Counters, Lane
+from p2pgz.fetch.counters import Counters
+from p2pgz.fetch.dispatch import Lane
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin

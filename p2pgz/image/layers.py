@@ -38,6 +38,7 @@ from p2pgz.core.tail import (
 )
 from p2pgz.core.toc import parse_toc
 from p2pgz.errors import ImageInvalid, ImageNotFound, P2pgzError, PoolFull
+from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.from_registry import harvest
 from p2pgz.fetch.plain import stream_layer
 from p2pgz.fetch.stall import watched
@@ -114,8 +115,9 @@ class _Tail:
 class LayerOpener:
     """Opens layers of any format."""
 
-    def __init__(self, pool: Pool, state_path: Path) -> None:
+    def __init__(self, pool: Pool, counters: Counters, state_path: Path) -> None:
         self._pool = pool
+        self._counters = counters
         self._state_path = state_path
         self._facts = state_path / LAYERS
 
@@ -139,7 +141,8 @@ class LayerOpener:
             if opened is None:
                 return await self._open_plain(source, descriptor, await diff_id(), progress)
             layer = await self._keep_lazy(descriptor, opened)
-            await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
+            brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
+            self._counters.from_registry(brought)
         except PoolFull:
             raise
         except P2pgzError as error:
@@ -246,9 +249,10 @@ class LayerOpener:
         self, source: ImageSource, descriptor: Descriptor, diff_id: Digest, progress: Progress
     ) -> OpenLayer:
         log.info("layer.plain", blob=str(descriptor.digest), bytes=descriptor.size, effect="it is read whole")
-        index, layout, _ = await stream_layer(
+        index, layout, segment = await stream_layer(
             self._pool, source, descriptor, diff_id, self._state_path, progress
         )
+        self._counters.whole_layer(segment)
         data = await trio.to_thread.run_sync(indexdoc.to_bytes, index)
         document = await trio.to_thread.run_sync(Digest.of, data)
         facts = _Facts(document=str(document), kind=PLAIN, compression="none", payload_end=descriptor.size)

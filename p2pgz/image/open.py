@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -100,8 +101,7 @@ class ImageOpener:
         self._pool = pool
         self._fetcher = fetcher
         self._trees = state_path / TREES
-        self._layers = LayerOpener(pool, state_path)
-        self._open: dict[Digest, OpenImage] = {}
+        self._layers = LayerOpener(pool, fetcher.counters, state_path)
         self._opening: dict[Digest, trio.Lock] = {}
 
     async def open(
@@ -124,6 +124,38 @@ class ImageOpener:
             image = await self._known(reference, source, manifest, allow_unverified_toc)
             if image is None:
                 image = await self._unknown(reference, source, manifest, allow_unverified_toc, progress)
+        return image
+
+    async def open_known(
+        self,
+        manifest_digest: Digest,
+        reference: Reference,
+        source: ImageSource,
+        *,
+        allow_unverified_toc: bool,
+    ) -> OpenImage:
+        """An image that was opened on this host before; nothing is asked of `source` until a chunk is missing.
+
+        Raises StateError when too little of it is left here.
+        """
+        document = await self._pool.get_object(manifest_digest)
+        if document is None:
+            raise StateError(
+                f"{reference}: its manifest is not kept here", hint="mount it while its source answers"
+            )
+        manifest = parse_manifest_or_index(document, "", where=str(reference))
+        if not isinstance(manifest, Manifest):
+            raise StateError(f"{reference}: {manifest_digest} is not an image")
+        async with self._opening.setdefault(manifest.digest, trio.Lock()):
+            image = await self._known(reference, source, manifest, allow_unverified_toc)
+            if image is None:
+                away = _Away(source.name)
+                await self._unknown(reference, away, manifest, allow_unverified_toc, _silent)
+                image = await self._known(reference, source, manifest, allow_unverified_toc)
+        if image is None:
+            raise StateError(
+                f"{reference}: too little of it is kept here", hint="mount it while its source answers"
+            )
         return image
 
     async def _manifest(self, reference: Reference, source: ImageSource, platform: Platform) -> Manifest:
@@ -303,6 +335,33 @@ class ImageOpener:
 
     def _tree_path(self, manifest: Digest) -> Path:
         return self._trees / f"{manifest.hex}.tree"
+
+
+class _Away:
+    """A source that is not to be asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def resolve(self, reference: Reference) -> Descriptor:
+        raise self._error()
+
+    async def document(self, descriptor: Descriptor) -> bytes:
+        raise self._error()
+
+    def blob(
+        self, descriptor: Descriptor, start: int, end: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        raise self._error()
+
+    def _error(self) -> StateError:
+        return StateError(
+            f"{self.name}: too little of an image is kept here", hint="mount it while its source answers"
+        )
+
+
+async def _silent(_: dict[str, Any]) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 class _LazyConfig:

@@ -75,7 +75,7 @@ async def bench(tmp_path, vector="basic.esgz64k", *, deadline=5.0, blob=None, an
         async def no_progress(_):
             await trio.lowlevel.checkpoint()
 
-        layer = await LayerOpener(pool, tmp_path / "state").open(
+        layer = await LayerOpener(pool, fetcher.counters, tmp_path / "state").open(
             parse_reference("registry.test/image"),
             source,
             descriptor,
@@ -218,7 +218,7 @@ async def test_equal_chunks_of_another_segment_are_copied_not_fetched(tmp_path):
         descriptor = replace(
             b.source.add((VECTORS / other["blob"]).read_bytes()), annotations=other["annotations"]
         )
-        layer = await LayerOpener(b.pool, tmp_path / "state").open(
+        layer = await LayerOpener(b.pool, b.fetcher.counters, tmp_path / "state").open(
             parse_reference("registry.test/image"),
             b.source,
             descriptor,

@@ -1,0 +1,30 @@
+"""What the sources supplied: one object per node, counted where chunks arrive, read by status and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from p2pgz.core.verify import VerifiedChunk
+from p2pgz.pool.segment import Segment
+
+
+class Counters:
+    """What the sources supplied since the node started: plain ints, read at scrape time."""
+
+    __slots__ = ("corrupt_chunks", "pool_bytes", "pool_chunks", "registry_bytes", "registry_chunks")
+
+    def __init__(self) -> None:
+        self.pool_chunks = self.pool_bytes = 0
+        self.registry_chunks = self.registry_bytes = 0
+        self.corrupt_chunks = 0
+
+    def from_registry(self, chunks: Iterable[VerifiedChunk]) -> None:
+        """Count chunks that came from a registry."""
+        for chunk in chunks:
+            self.registry_chunks += 1
+            self.registry_bytes += len(chunk)
+
+    def whole_layer(self, segment: Segment) -> None:
+        """Count a layer that was read whole from a registry."""
+        self.registry_chunks += segment.table.chunk_count
+        self.registry_bytes += segment.bytes_of(range(segment.table.chunk_count))
