@@ -150,7 +150,10 @@ def _convert_image(
     from p2pgz.core.platform import Platform
     from p2pgz.core.reference import parse_reference
     from p2pgz.registry import RegistryOptions, open_sink, open_source
+    from p2pgz.telemetry import log
 
+    # without this structlog's own default would write debug lines to standard output, among the results
+    log.set_up("debug" if settings.verbose else "warning", text=True)
     registry = settings.load().config.registry
     source_reference, target_reference = (
         parse_reference(absolute_reference(text)) for text in (source, target)

@@ -60,7 +60,13 @@ from p2pgz.errors import ImageInvalid, SourceUnavailable
 _FORMAT_ANNOTATIONS = frozenset({
     TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION, SGZ_CHECKSUM_ANNOTATION, SGZ_POSITION_ANNOTATION,
     CONTAINERS_CHECKSUM_ANNOTATION, CONTAINERS_POSITION_ANNOTATION, TAR_SPLIT_POSITION_ANNOTATION,
+    "io.github.containers.zstd-chunked.tarsplit-checksum",  # written until 2024
 })  # fmt: skip
+# For each footer the format's name, and the annotation without which its readers do not read in parts
+_PROOFS = {
+    "estargz": ("estargz", TOC_DIGEST_ANNOTATION), "zstd-sgz": ("zstd:chunked-stargz", TOC_DIGEST_ANNOTATION),
+    "zstd-containers": ("zstd:chunked", TAR_SPLIT_POSITION_ANNOTATION),
+}  # fmt: skip
 _TO_OCI = {DOCKER_MANIFEST: OCI_MANIFEST, DOCKER_INDEX: OCI_INDEX, DOCKER_CONFIG: OCI_CONFIG}
 _ABOUT_ANNOTATION = "vnd.docker.reference.type"  # buildkit: an attestation about another entry
 _FOOTER_READ_BYTES = 128
@@ -226,7 +232,7 @@ class _Job:
     @property
     def _makes_oci(self) -> bool:
         """Docker's manifests have no type for zstd layers."""
-        return self._options.layer.format == "zstd:chunked"
+        return self._options.layer.format != "estargz"
 
     def _media_type(self, media_type: str) -> str:
         return _TO_OCI.get(media_type, media_type) if self._makes_oci else media_type
@@ -309,9 +315,8 @@ class _Job:
         footer = parse_footer(tail, layer.size)
         if footer is None:
             return None
-        return {"estargz": "estargz", "zstd-sgz": "zstd:chunked", "zstd-containers": "zstd:chunked"}.get(
-            footer.kind, "other"
-        )
+        proof = _PROOFS.get(footer.kind, ("other", ""))
+        return proof[0] if proof[1] in layer.annotations else "other"
 
     async def _download(self, layer: Descriptor, blob: BinaryIO) -> None:
         """Bring a blob here, checked."""

@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
+from p2pgz.convert.containers_writer import ContainersWriter
 from p2pgz.convert.packer import MemberPacker
 from p2pgz.convert.writer import (
     DEFAULT_CHUNK_BYTES,
@@ -24,17 +25,21 @@ from p2pgz.convert.writer import (
     gzip_compressor,
     is_landmark,
 )
-from p2pgz.convert.zstd_writer import ZstdChunkedWriter, zstd_compressor
+from p2pgz.convert.zstd_writer import StargzZstdWriter, zstd_compressor
 from p2pgz.core.decompress import Decompressor
 from p2pgz.core.tar import EntryEnd, Event, Header, Hole, Payload, TarParser
 from p2pgz.core.tarfields import clean_name
 from p2pgz.core.toc import PREFETCH_LANDMARK
 from p2pgz.errors import ConfigError, ImageInvalid
 
-LayerFormat = Literal["estargz", "zstd:chunked"]
+LayerFormat = Literal["estargz", "zstd:chunked", "zstd:chunked-stargz"]
 # libdeflate 4: 0.975 of the bytes of Go's gzip at 6 (a python image) in a quarter of the time; zstd 3 is zstd's default
-DEFAULT_LEVELS = {"estargz": 4, "zstd:chunked": 3}
-_LEVELS = {"estargz": range(1, 13), "zstd:chunked": range(1, 23)}  # libdeflate's and zstd's
+DEFAULT_LEVELS = {"estargz": 4, "zstd:chunked": 3, "zstd:chunked-stargz": 3}
+_ZSTD_LEVELS = range(1, 23)
+_LEVELS = {"estargz": range(1, 13), "zstd:chunked": _ZSTD_LEVELS, "zstd:chunked-stargz": _ZSTD_LEVELS}
+_WRITERS: dict[str, type[LayerWriter]] = {
+    "estargz": EstargzWriter, "zstd:chunked": ContainersWriter, "zstd:chunked-stargz": StargzZstdWriter,
+}  # fmt: skip
 MIN_CHUNK_BYTES = 64 << 10  # every chunk is a member, a digest and 150 bytes of TOC
 MAX_CHUNK_BYTES = 64 << 20  # readers hold a chunk in memory
 READ_BYTES = 1 << 20
@@ -57,7 +62,9 @@ class LayerOptions(msgspec.Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise ConfigError for values that no writer takes."""
         if self.format not in _LEVELS:
-            raise ConfigError(f"format {self.format!r} is unknown", hint="estargz or zstd:chunked")
+            raise ConfigError(
+                f"format {self.format!r} is unknown", hint="estargz, zstd:chunked or zstd:chunked-stargz"
+            )
         if not MIN_CHUNK_BYTES <= self.chunk_bytes <= MAX_CHUNK_BYTES:
             raise ConfigError(
                 f"chunks of {self.chunk_bytes} bytes",
@@ -90,7 +97,7 @@ def convert_layer(
     level = options.level if options.level is not None else DEFAULT_LEVELS[options.format]
     estargz = options.format == "estargz"
     compress = gzip_compressor(level) if estargz else zstd_compressor(level)
-    kind: type[LayerWriter] = EstargzWriter if estargz else ZstdChunkedWriter
+    kind = _WRITERS[options.format]
     parser = TarParser()
     events = _events(blob, parser, progress or (lambda done: None))
     with MemberPacker(out, compress, threads=options.threads) as packer:

@@ -23,12 +23,12 @@ Compress = Callable[[bytes], bytes | bytearray]
 
 
 class Place:
-    """Where a chunk ended up: filled in when its member is written."""
+    """Where a chunk ended up, and where its member ends: filled in when that is written."""
 
-    __slots__ = ("digest", "offset")
+    __slots__ = ("digest", "end", "offset")
 
     def __init__(self) -> None:
-        self.offset = 0
+        self.offset = self.end = 0
         self.digest = b""
 
 
@@ -117,6 +117,7 @@ class MemberPacker:
         for member, (compressed, digest) in zip(batch, packed, strict=True):
             if member.place is not None:
                 member.place.offset = self.blob_bytes
+                member.place.end = self.blob_bytes + len(compressed)
                 member.place.digest = digest
             self.blob_bytes += len(compressed)
         blob = b"".join([compressed for compressed, _ in packed])

@@ -21,8 +21,8 @@ from p2pgz.core.tarfields import clean_name
 
 _TOC_VERSION = 1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LAST_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z: RFC 3339 has four digits for the year
-_FIRST_SECOND = -62_135_596_799  # the second after Go's zero time, which means "no time"
+LAST_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z: RFC 3339 has four digits for the year
+FIRST_SECOND = -62_135_596_799  # the second after Go's zero time, which means "no time"
 _ROUND_UP_NSEC = 500_000_000
 
 
@@ -49,8 +49,15 @@ def toc_time(seconds: int, nanoseconds: int) -> str:
         return ""
     if nanoseconds >= _ROUND_UP_NSEC:
         seconds += 1
-    moment = _EPOCH + timedelta(seconds=min(max(seconds, _FIRST_SECOND), _LAST_SECOND))
+    moment = _EPOCH + timedelta(seconds=min(max(seconds, FIRST_SECOND), LAST_SECOND))
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ").rjust(len("2000-01-01T00:00:00Z"), "0")
+
+
+@lru_cache(4096)
+def toc_moment(seconds: int, nanoseconds: int) -> str:
+    """A time as containers' writers put it: exact, and never left out."""
+    text = toc_time(seconds, 0) or "1970-01-01T00:00:00Z"
+    return f"{text[:-1]}.{nanoseconds:09d}".rstrip("0") + "Z" if nanoseconds else text
 
 
 class TocEntry(msgspec.Struct, omit_defaults=True, gc=False, rename="camel"):

@@ -81,6 +81,7 @@ class LayerWriter:
         self._rewritten = (
             rewritten  # the input was made by such a writer: its landmarks and TOC go without a word
         )
+        self._reserves_names = True
         self._entries: list[Written] = []
         self._dropped: set[bytes] = set()
         self._current: Written | None = None
@@ -100,7 +101,8 @@ class LayerWriter:
     def begin(self, header: Header) -> None:
         """The next entry; raises ImageInvalid when no file system could hold it."""
         name = clean_name(header.name)
-        if name in _RESERVED or (header.kind == "hardlink" and clean_name(header.link) in self._dropped):
+        reserved = self._reserves_names and name in _RESERVED
+        if reserved or (header.kind == "hardlink" and clean_name(header.link) in self._dropped):
             self._dropped.add(name)
             if not (self._rewritten and header.kind == "reg"):
                 self.warn(
@@ -116,16 +118,23 @@ class LayerWriter:
             return
         self._write(header, name)
 
-    def _write(self, header: Header, name: bytes) -> None:
+    def _header_bytes(self, header: Header) -> bytes:
+        """The headers of an entry as they are to stand in the stream."""
+        return header.raw if header.plain else make_header(header)
+
+    def _write(self, header: Header, name: bytes) -> bytes:
+        """Begin an entry; gives its headers."""
         if len(self._entries) >= MAX_TOC_ENTRIES:
             raise ImageInvalid(f"layer: more than {MAX_TOC_ENTRIES} entries")
-        self._packer.add(header.raw if header.plain else make_header(header))
+        raw = self._header_bytes(header)
+        self._packer.add(raw)
         header.raw = b""
         self._current = Written(header, name, [])
         self._entries.append(self._current)
         self._left = header.size
         self._whole_hash = hashlib.sha256() if header.size > self._chunk_bytes else None
         self._chunk_left = 0
+        return raw
 
     def data(self, data: bytes) -> None:
         """The next bytes of the current file."""
@@ -173,17 +182,21 @@ class LayerWriter:
         if len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(text)
 
-    def _toc_json(self) -> bytes:
-        """The TOC of all that was written; `flush` of the packer comes first."""
+    def _complete_digests(self) -> None:
+        """Know every file's digest; `flush` of the packer comes first."""
         unclear = 0
         for written in self._entries:
             if not written.digest and written.places:
                 written.digest = written.places[0].digest
-            unclear += not _is_text(written.header.name) or not _is_text(written.header.link)
+            unclear += not is_text(written.header.name) or not is_text(written.header.link)
         if unclear:
             self.warn(
                 f"{unclear} names are not UTF-8; readers of the TOC show replacement characters in them"
             )
+
+    def _toc_json(self) -> bytes:
+        """The TOC of all that was written, in eStargz's schema; `flush` of the packer comes first."""
+        self._complete_digests()
         return toc_json(self._entries, chunk_bytes=self._chunk_bytes)
 
     def finish(self) -> WrittenLayer:
@@ -191,21 +204,18 @@ class LayerWriter:
         raise NotImplementedError
 
     def _result(self, toc: bytes, annotations: dict[str, str]) -> WrittenLayer:
-        toc_digest = Digest.of(toc)
-        common = {
-            TOC_DIGEST_ANNOTATION: str(toc_digest),
-            UNCOMPRESSED_SIZE_ANNOTATION: str(self._packer.stream_bytes),
-        }
+        size = {UNCOMPRESSED_SIZE_ANNOTATION: str(self._packer.stream_bytes)}
         return WrittenLayer(
             digest=Digest(self._packer.blob_digest), size=self._packer.blob_bytes,
             diff_id=Digest(self._packer.stream_digest), stream_bytes=self._packer.stream_bytes,
-            toc_digest=toc_digest, annotations=common | annotations,
+            toc_digest=Digest.of(toc), annotations=size | annotations,
             warnings=tuple(self.warnings),
             absent=tuple(self.absent),
         )  # fmt: skip
 
 
-def _is_text(name: bytes) -> bool:
+def is_text(name: bytes) -> bool:
+    """Whether a name is UTF-8."""
     if name.isascii():
         return True
     try:
@@ -227,7 +237,7 @@ class EstargzWriter(LayerWriter):
         self._packer.add(END_OF_ARCHIVE)
         self._packer.flush()
         self._packer.write_raw(make_estargz_footer(toc_offset))
-        return self._result(toc, {})
+        return self._result(toc, {TOC_DIGEST_ANNOTATION: str(Digest.of(toc))})
 
 
 def gzip_compressor(level: int) -> Compress:

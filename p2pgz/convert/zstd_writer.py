@@ -1,10 +1,7 @@
-"""zstd:chunked: the same members as zstd frames, TOC and footer in skippable frames.
+"""zstd:chunked as stargz-snapshotter reads it: the members of eStargz as zstd frames, TOC and footer in skippable frames.
 
-Two families of readers exist, and a manifest cannot satisfy both: podman refuses a layer that has its own
-annotations and stargz-snapshotter's at once, and reads in parts only what also has a copy of all tar headers
-in tar-split's JSON. So this writer speaks stargz-snapshotter's dialect (40-byte footer, `toc.digest` and
-`io.containers.zstd-chunked.*`), which p2pgz and stargz-snapshotter read lazily; podman, docker and containerd
-pull such a layer whole. Called by `layer`.
+podman cannot read this dialect in parts and pulls such a layer whole; `containers_writer` has podman's. One layer cannot
+be both: podman refuses one that has its own annotations and stargz-snapshotter's. Called by `layer`.
 """
 
 from __future__ import annotations
@@ -17,12 +14,12 @@ from p2pgz.convert.packer import Compress
 from p2pgz.convert.writer import END_OF_ARCHIVE, LayerWriter, WrittenLayer
 from p2pgz.core.digest import Digest
 from p2pgz.core.footer import SKIPPABLE_HEADER_BYTES, make_skippable_frame, make_zstd_sgz_footer
-from p2pgz.core.toc import SGZ_CHECKSUM_ANNOTATION, SGZ_POSITION_ANNOTATION
+from p2pgz.core.toc import SGZ_CHECKSUM_ANNOTATION, SGZ_POSITION_ANNOTATION, TOC_DIGEST_ANNOTATION
 
 _MANIFEST_TYPE = 1  # the only schema of TOCs
 
 
-class ZstdChunkedWriter(LayerWriter):
+class StargzZstdWriter(LayerWriter):
     """The stream ends as a tar does; the TOC is no part of it."""
 
     def finish(self) -> WrittenLayer:
@@ -33,9 +30,12 @@ class ZstdChunkedWriter(LayerWriter):
         self._packer.write_raw(make_skippable_frame(packed))
         self._packer.write_raw(make_skippable_frame(make_zstd_sgz_footer(toc_offset, len(packed), len(toc))))
         position = f"{toc_offset}:{len(packed)}:{len(toc)}:{_MANIFEST_TYPE}"
-        return self._result(
-            toc, {SGZ_CHECKSUM_ANNOTATION: str(Digest.of(packed)), SGZ_POSITION_ANNOTATION: position}
-        )
+        annotations = {
+            TOC_DIGEST_ANNOTATION: str(Digest.of(toc)),
+            SGZ_CHECKSUM_ANNOTATION: str(Digest.of(packed)),
+            SGZ_POSITION_ANNOTATION: position,
+        }
+        return self._result(toc, annotations)
 
 
 def zstd_compressor(level: int) -> Compress:

@@ -30,7 +30,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize("layer_format", ["estargz", "zstd:chunked"])
+@pytest.mark.parametrize("layer_format", ["estargz", "zstd:chunked-stargz"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_reference_reader_sees_the_same_files(
     reader: Path, source: str, layer_format: str, tmp_path: Path

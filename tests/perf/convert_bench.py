@@ -49,6 +49,7 @@ def main() -> None:
             "p2pgz estargz": [*python, "estargz", "2"],
             "p2pgz estargz, 1 thread": [*python, "estargz", "1"],
             "p2pgz zstd:chunked": [*python, "zstd:chunked", "2"],
+            "p2pgz zstd:chunked-stargz": [*python, "zstd:chunked-stargz", "2"],
         }
         if arguments.reference:
             commands["reference -6"] = [

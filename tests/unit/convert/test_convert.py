@@ -81,7 +81,7 @@ def document(sink: MemorySink, digest: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("docker", [False, True])
-@pytest.mark.parametrize("layer_format", ["estargz", "zstd:chunked"])
+@pytest.mark.parametrize("layer_format", ["estargz", "zstd:chunked", "zstd:chunked-stargz"])
 async def test_image_is_converted_and_all_documents_agree(docker: bool, layer_format: str) -> None:
     store = MemorySource()
     image = add_image(store, "basic.gz", "links.gz", docker=docker)

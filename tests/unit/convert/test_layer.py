@@ -24,7 +24,7 @@ from p2pgz.testing.vectors import expected_document, expected_tree
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 SOURCES = sorted(path.name.removesuffix(".tar.tar") for path in (VECTORS / "blobs").glob("*.tar.tar"))
-FORMATS = ("estargz", "zstd:chunked")
+FORMATS = ("estargz", "zstd:chunked", "zstd:chunked-stargz")
 # Names that are not UTF-8 cannot be in a TOC, times are rounded in it, reserved names are left out: there the vectors say
 # what the reference writer's TOC has
 AS_THE_REFERENCE = {"latin1": "entries_toc", "meta": "entries", "reserved": "entries"}
@@ -73,7 +73,12 @@ def stream_of(blob: bytes) -> bytes:
     return b"".join(stream.feed(blob)) + b"".join(stream.finish())
 
 
-def expected_lazy_tree(source: str) -> dict[bytes, dict[str, object]]:
+def expected_lazy_tree(source: str, layer_format: str) -> dict[bytes, dict[str, object]]:
+    if layer_format == "zstd:chunked":
+        # Times are exact there and no name is reserved: only what is not UTF-8 differs
+        name = f"{source}.zctr" if source == "latin1" else f"{source}.tar"
+        document = expected_document(VECTORS / "expected" / f"{name}.json")
+        return expected_tree(document["entries_toc" if source == "latin1" else "entries"])
     if source in AS_THE_REFERENCE:
         document = expected_document(VECTORS / "expected" / f"{source}.esgz64k.json")
         return expected_tree(document[AS_THE_REFERENCE[source]])
@@ -103,7 +108,7 @@ def names(toc: Toc) -> list[bytes]:
 def test_converted_layer_shows_the_same_tree(source: str, layer_format: str) -> None:
     blob, written = converted((VECTORS / "blobs" / f"{source}.tar.tar").read_bytes(), format=layer_format)
     layer = opened(blob, written)
-    assert list(differences(expected_lazy_tree(source), lazy_tree(blob, layer))) == []
+    assert list(differences(expected_lazy_tree(source, layer_format), lazy_tree(blob, layer))) == []
     stream = stream_of(blob)
     assert (written.diff_id.raw, written.stream_bytes) == (hashlib.sha256(stream).digest(), len(stream))
 
@@ -120,7 +125,8 @@ def test_stream_inside_unpacks_to_the_same_tree(source: str, layer_format: str) 
         return hashlib.sha256(b"".join(payloads[chunk.digest] for chunk in entry.chunks)).hexdigest()
 
     found = describe(layer_tree(toc), content_digest)
-    added = {b".no.prefetch.landmark"} | ({b"stargz.index.json"} if layer_format == "estargz" else set())
+    added = set() if layer_format == "zstd:chunked" else {b".no.prefetch.landmark"}
+    added |= {b"stargz.index.json"} if layer_format == "estargz" else set()
     assert added <= found.keys()
     wanted = expected_tree(expected_document(VECTORS / "expected" / f"{source}.tar.json")["entries"])
     for name in (b".no.prefetch.landmark", b"stargz.index.json", b".prefetch.landmark"):
@@ -210,9 +216,12 @@ def test_converting_a_converted_layer_changes_nothing_but_the_format() -> None:
     again, rewritten = converted(first, rewritten=True)
     assert again == first
     assert rewritten.warnings == ()
-    zstd, _ = converted(first, format="zstd:chunked", rewritten=True)
-    back, _ = converted(zstd, rewritten=True)
-    assert back == first
+    for layer_format, lazy in (("zstd:chunked", False), ("zstd:chunked-stargz", True)):
+        zstd, made = converted(first, format=layer_format, rewritten=True)
+        assert made.warnings == ()
+        # podman's dialect has no landmarks that could come back
+        back, _ = converted(zstd, rewritten=lazy)
+        assert back == first
     assert written.warnings == ()
 
 
