@@ -1,0 +1,129 @@
+"""The commands in README and how-tos work: each page's blocks marked `sh run` are one script, run as they stand.
+
+Where a page says `localhost:5000`, a registry of ours answers; `/srv` and `/mnt` are folders of the test's.
+`oci:layout:plain` is a small image, `localhost:5000/team/app:lazy` the same one, converted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p2pgz.core.media import OCI_CONFIG, OCI_LAYER_TAR, OCI_MANIFEST, REF_NAME_ANNOTATION
+from tests.e2e.cli.fake_registry_thread import RegistryThread
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```sh run( root)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [
+    path
+    for path in sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
+    if path.is_file() and BLOCK.search(path.read_text("utf-8"))
+]
+
+
+def layer() -> bytes:
+    """A root file system with a shell."""
+    buffer = io.BytesIO()
+    shell = Path(shutil.which("busybox") or "/bin/true").read_bytes()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("bin", "etc", "proc", "dev", "tmp"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(folder)
+        for name, data in (("bin/busybox", shell), ("etc/os-release", b"ID=example\n")):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o755
+            tar.addfile(member, io.BytesIO(data))
+        for name in ("sh", "cat", "echo", "ls"):
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    return buffer.getvalue()
+
+
+def write_layout(folder: Path, tar: bytes) -> None:
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+
+    def store(data: bytes, media_type: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+
+    stored = store(tar, OCI_LAYER_TAR)
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+    rootfs = {"type": "layers", "diff_ids": [stored["digest"]]}
+    config = {"os": "linux", "architecture": machine, "config": {}, "rootfs": rootfs}
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": store(json.dumps(config).encode(), OCI_CONFIG),
+        "layers": [stored],
+    }
+    described = store(json.dumps(manifest).encode(), OCI_MANIFEST)
+    described["annotations"] = {REF_NAME_ANNOTATION: "plain"}
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [described]}))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[RegistryThread]:
+    with RegistryThread.running() as registry:
+        yield registry
+
+
+@pytest.fixture
+def folder(tmp_path: Path, registry: RegistryThread) -> Iterator[Path]:
+    """A working directory on a disk, with `layout` and `layer.tar` in it; the node that a page started ends with it."""
+    place = Path(tempfile.mkdtemp(prefix="p2pgz-docs-", dir="/var/tmp"))
+    tar = layer()
+    write_layout(place / "layout", tar)
+    (place / "layer.tar").write_bytes(tar)
+    yield place
+    with contextlib.suppress(OSError, ValueError):
+        os.kill(int((place / "state" / "lock").read_text()), signal.SIGTERM)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.root
+@pytest.mark.tools("busybox", "unshare", "curl")
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_commands_of_a_page_work(page: Path, folder: Path, registry: RegistryThread) -> None:
+    blocks = [block for _, block in BLOCK.findall(page.read_text("utf-8"))]
+    script = "\n".join(blocks).replace("localhost:5000", registry.address)
+    script = re.sub(r"(?<![\w./])/(srv|mnt)\b", rf"{folder}/\1", script)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "P2PGZ_STATE_DIR": str(folder / "state"),
+        "P2PGZ_NODE__EPHEMERAL_LINGER_SECONDS": "5",
+        "HOME": str(folder),
+    }
+    for name in ("mnt", "srv"):
+        (folder / name).mkdir()
+    prepare = f"p2pgz convert oci:layout:plain {registry.address}/team/app:lazy >/dev/null"
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", f"{prepare}\n{script}"],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout.decode(errors="replace")
