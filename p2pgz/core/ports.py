@@ -5,12 +5,17 @@ Each has one conformance suite in `p2pgz.testing`, run on the fake and on the re
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from p2pgz.core.layout import SegmentTable
 from p2pgz.core.media import Descriptor
+from p2pgz.core.messages import Alternative
+from p2pgz.core.peerid import PeerId
 from p2pgz.core.reference import Reference
+from p2pgz.core.verify import VerifiedChunk
 
 
 class ImageSource(Protocol):
@@ -59,4 +64,55 @@ class ImageSink(Protocol):
 
     async def put_document(self, document: bytes, media_type: str, reference: Reference | None) -> Descriptor:
         """Store a manifest or index; under the reference's tag, or by digest only when it is None."""
+        ...
+
+
+Landed = Callable[[list[tuple[int, VerifiedChunk]]], Awaitable[None]]
+"""takes chunks as they arrive, with their numbers"""
+
+
+@dataclass(slots=True)
+class PeerAnswer:
+    """What a peer did not give: `missing` it does not have, `busy` it would give after `retry_seconds`, or others would."""
+
+    missing: list[int] = field(default_factory=list)
+    busy: list[int] = field(default_factory=list)
+    retry_seconds: float = 0.0
+    alternatives: tuple[Alternative, ...] = ()
+
+
+class PeerSource(Protocol):
+    """The connected peers. A swarm is the chunks of one TOC; its id is the TOC's sha256 where it is shared openly."""
+
+    def follow(self, swarm: bytes) -> None:
+        """Learn from all peers, present and future, which chunks of the swarm they have."""
+        ...
+
+    def unfollow(self, swarm: bytes) -> None:
+        """No more of that."""
+        ...
+
+    def holders(self, swarm: bytes, n: int) -> Sequence[PeerId]:
+        """Peers that say they have chunk n, the one that should answer first at the front. Never waits."""
+        ...
+
+    async def fetch(
+        self,
+        peer: PeerId,
+        swarm: bytes,
+        table: SegmentTable,
+        chunks: Sequence[int],
+        *,
+        priority: int,
+        landed: Landed,
+    ) -> PeerAnswer:
+        """Get chunks (ascending) from one peer; each lands verified, as it arrives.
+
+        Raises ChunkCorrupt or PeerFault when the peer lost its place by it, SourceUnavailable when it is gone or too
+        slow; what has landed by then counts. Safe to cancel. Time-outs are the caller's.
+        """
+        ...
+
+    async def document(self, digest: bytes, *, limit_bytes: int) -> bytes | None:
+        """A TOC, manifest or config from whichever peer has it, checked; None when none has."""
         ...

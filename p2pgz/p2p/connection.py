@@ -1,0 +1,436 @@
+"""One connection with a proven peer: both ends may ask and both answer, any number of requests at once.
+
+Made by the exchange after the handshake. Four tasks: one reads and handles frames (synchronously, so it never waits for
+anything but the peer), one sends short frames, one sends chunks, one watches that the peer makes progress. Callers of
+`fetch` verify what arrives in their own task. A caller that gives up is forgotten, never cancelled inside a write; a peer
+that breaks a rule loses the connection and `fault` says which rule it was. Whatever goes wrong stays in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import structlog
+import trio
+
+from p2pgz.core.frames import FRAME_MAX_BYTES, encode
+from p2pgz.core.messages import (
+    DOCUMENT_MAX_BYTES,
+    PART_MAX_BYTES,
+    REQUEST_CHUNKS_MAX,
+    RUNS_MAX,
+    Bitmap,
+    BitmapDelta,
+    Busy,
+    Data,
+    Doc,
+    DocWant,
+    Feature,
+    Forget,
+    Frame,
+    Goodbye,
+    GoodbyeReason,
+    Hello,
+    Join,
+    Leave,
+    Missing,
+    Ping,
+    Pong,
+    Want,
+    runs_of,
+)
+from p2pgz.core.ports import Landed, PeerAnswer
+from p2pgz.core.standing import Fault
+from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.bitmaps import Bitmaps, PeerLies
+from p2pgz.p2p.downloads import Arrived, DocumentRequest, Downloads, Fetch, Request, batches, check_all
+from p2pgz.p2p.handshake import Handshaken
+from p2pgz.p2p.offers import Offers, WantedChunks
+from p2pgz.p2p.serving import Serving
+from p2pgz.p2p.uploads import REQUESTS_MAX, Uploads
+
+log = structlog.get_logger(component="peers")
+
+# The peer must answer something, or send this much, in every STALL_SECONDS while it owes us: 10 KB/s
+PROGRESS_BYTES: Final = 32 << 10
+STALL_SECONDS: Final = 3.0
+WATCH_SECONDS: Final = 0.5
+# our own clock ran on without us (a stopped process, a suspended host): not the peer's fault
+LAG_SECONDS: Final = 2.0
+PING_AFTER_SECONDS: Final = 10.0
+PONG_WITHIN_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 60.0
+# one batch; a peer that takes less than 25 KB/s is of no use to it
+SEND_SECONDS: Final = 10.0
+# bytes asked for and not yet here: enough for 1 Gbit/s over 100 ms, and what a peer can make us hold
+WINDOW_BYTES: Final = 16 << 20
+# answers that wait because the peer does not read: then it is gone
+UNSENT_MAX_BYTES: Final = 4 << 20
+RECEIVE_BYTES: Final = 64 << 10
+DOCUMENTS_AT_ONCE: Final = 4
+# optional frames we do not understand; a later version sends some, not thousands
+SKIPPED_MAX: Final = 10_000
+# Verified in the loop: hashing 64 KiB takes about as long as going to a thread and back
+THREAD_FROM_BYTES: Final = 96 << 10
+
+
+class Connection:
+    """A peer that we are connected to. `run()` it in a nursery; it returns when the connection has ended."""
+
+    def __init__(self, ends: Handshaken, offers: Offers, uploads: Uploads) -> None:
+        zstd = bool(ends.agreement.features & Feature.ZSTD)
+        self.peer = ends.peer
+        self.version = ends.agreement.version
+        self.error: P2pgzError | None = None
+        """why it ended"""
+        self.fault: Fault | None = None
+        """what the peer did, if it was to blame"""
+        self.since = trio.current_time()
+        self.bitmaps = Bitmaps()
+        self.downloads = Downloads(zstd=zstd)
+        self.serving = Serving(offers, uploads, self._say, zstd=zstd)
+        self._offers = offers
+        self._uploads = uploads
+        self._stream = ends.stream
+        self._reader = ends.reader
+        self._first_frames = ends.frames
+        self._unsent: deque[bytes] = deque()
+        self._unsent_bytes = 0
+        self._sending = trio.Lock()
+        self._to_say = trio.lowlevel.ParkingLot()
+        self._to_serve = trio.lowlevel.ParkingLot()
+        self._nursery: trio.Nursery | None = None
+        self._documents_out = 0
+        self._heard_at = self._used_at = trio.current_time()
+        self._pinged = False
+        self._received_bytes = 0
+        self._answers = 0
+        self._leaving = False
+        self._handlers: dict[type, Callable[..., None]] = {
+            Data: self._on_data,
+            Want: self._on_want,
+            Missing: self._on_missing,
+            Busy: self._on_busy,
+            Forget: self.serving.on_forget,
+            DocWant: self._on_doc_want,
+            Doc: self._on_doc,
+            Join: lambda frame: self.serving.on_join(frame.swarm),
+            Leave: lambda frame: self.serving.on_leave(frame.swarm),
+            Bitmap: self.bitmaps.on_bitmap,
+            BitmapDelta: self.bitmaps.on_delta,
+            Ping: lambda frame: self._say(Pong(frame.token)),
+            Pong: lambda frame: None,
+            Goodbye: self._on_goodbye,
+            Hello: self._on_hello,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.peer} {self.error or 'open'}>"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return self.error is not None or self._leaving
+
+    def expected_seconds(self) -> float:
+        """Estimate of how long a chunk asked for now takes: round trip, and what is queued before it."""
+        link = self.downloads.link
+        rate = link.bytes_per_second or 50e6
+        return link.first_byte_seconds + self.downloads.outstanding_bytes / rate
+
+    async def run(self) -> None:
+        """Serve the connection until it ends; never raises for anything the peer does."""
+        if self._nursery is not None:
+            raise RuntimeError("a connection runs once")
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for loop in (self._receive, self._send_short, self._send_chunks, self._watch):
+                    nursery.start_soon(self._guarded, loop)
+                if self.error is not None:  # blamed before it ran
+                    nursery.cancel_scope.cancel()
+        finally:
+            if self.error is None:
+                self.error = SourceUnavailable(f"peer {self.peer}: the connection was closed")
+            self.downloads.wake_all()
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(self._stream)
+
+    async def _guarded(self, loop: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await loop()
+        except PeerFault as error:
+            self._end(error, Fault.LIE if isinstance(error, PeerLies) else Fault.PROTOCOL)
+        except trio.TooSlowError:
+            self._end(SourceUnavailable(f"peer {self.peer} does not take what it asked for"), Fault.SLOW)
+        except P2pgzError as error:
+            self._end(error, None)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            self._end(SourceUnavailable(f"peer {self.peer}: the connection broke"), Fault.LOST)
+        except Exception as error:  # a bug met by one peer's frames must not end the node
+            log.exception("peer.bug", peer=str(self.peer))
+            self._end(P2pgzError(f"internal error: {error!r}"), None)
+
+    def _end(self, error: P2pgzError, fault: Fault | None) -> None:
+        if self.error is None:
+            self.error, self.fault = error, fault
+            if fault is not None:
+                log.info("peer.fault", peer=str(self.peer), fault=str(fault), reason=error.what)
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    def blame(self, error: P2pgzError, fault: Fault) -> None:
+        """End it because of what its bytes turned out to be."""
+        self._end(error, fault)
+
+    async def close(self, reason: GoodbyeReason = GoodbyeReason.LEAVING) -> None:
+        """Tell the peer and end it, within a second."""
+        self._leaving = True
+        with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._send(encode(Goodbye(reason)))
+        self._end(
+            SourceUnavailable(f"peer {self.peer}: the connection was closed: {reason.name.lower()}"), None
+        )
+
+    # --- frames in
+
+    async def _receive(self) -> None:
+        handlers = self._handlers
+        for frame in self._first_frames:
+            handlers[type(frame)](frame)
+        stream, reader = self._stream, self._reader
+        while True:
+            data = await stream.receive_some(RECEIVE_BYTES)
+            if not data:
+                broken = reader.in_frame or self.downloads.waiting
+                raise SourceUnavailable(
+                    f"peer {self.peer} closed the connection"
+                    + (" in the middle of an answer" if broken else "")
+                )
+            self._heard_at = trio.current_time()
+            self._pinged = False
+            self._received_bytes += len(data)
+            for frame in reader.feed(data):
+                handlers[type(frame)](frame)
+            if reader.skipped_frames > SKIPPED_MAX:
+                raise PeerFault("thousands of frames that this version does not know")
+
+    def _on_data(self, frame: Data) -> None:
+        if self.downloads.on_data(frame):
+            self._answers += 1
+
+    def _on_missing(self, frame: Missing) -> None:
+        request = self.downloads.requests.get(frame.request)
+        swarm = request.swarm if request is not None else b""
+        self._answers += 1
+        for n in self.downloads.on_missing(frame):
+            self.bitmaps.was_missing(swarm, n)
+
+    def _on_busy(self, frame: Busy) -> None:
+        self._answers += 1
+        self.downloads.on_busy(frame)
+
+    def _on_doc(self, frame: Doc) -> None:
+        self._answers += 1
+        self.downloads.on_document(frame)
+
+    def _on_want(self, frame: Want) -> None:
+        self._used_at = self._heard_at
+        self.serving.on_want(frame)
+        if self.serving.queue:
+            self._to_serve.unpark_all()
+
+    def _on_doc_want(self, frame: DocWant) -> None:
+        self._used_at = self._heard_at
+        if self._documents_out >= DOCUMENTS_AT_ONCE or self._nursery is None:
+            self._say(Missing(frame.request))
+            return
+        self._documents_out += 1
+        self._nursery.start_soon(self._guarded, lambda: self._send_document(frame))
+
+    def _on_goodbye(self, frame: Goodbye) -> None:
+        raise SourceUnavailable(
+            f"peer {self.peer} said goodbye: {frame.reason.name.lower()} {frame.text}".rstrip()
+        )
+
+    def _on_hello(self, frame: Hello) -> None:
+        raise PeerFault("a second HELLO")
+
+    # --- frames out
+
+    def _say(self, frame: Frame) -> None:
+        data = encode(frame)
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        if self._unsent_bytes > UNSENT_MAX_BYTES:
+            raise PeerFault(f"{self._unsent_bytes} bytes of answers that the peer does not read")
+        self._to_say.unpark_all()
+
+    async def _send_short(self) -> None:
+        while True:
+            while not self._unsent:
+                await self._to_say.park()
+            data = b"".join(self._unsent)
+            self._unsent.clear()
+            self._unsent_bytes = 0
+            await self._send(data)
+
+    async def _send_chunks(self) -> None:
+        serving, uploads = self.serving, self._uploads
+        while True:
+            while not serving.queue:
+                await self._to_serve.park()
+            async with uploads.slot():
+                batch = await serving.next_batch()
+                if not batch:
+                    continue
+                await uploads.pace(len(batch))
+                before = trio.current_time()
+                await self._send(batch)
+                self._used_at = trio.current_time()
+                serving.note_sent(len(batch), self._used_at - before)
+
+    async def _send_document(self, frame: DocWant) -> None:
+        try:
+            data = await self._offers.document(frame.digest)
+            if data is None:
+                self._say(Missing(frame.request))
+                return
+            for offset in range(0, max(1, len(data)), PART_MAX_BYTES):
+                part = data[offset : offset + PART_MAX_BYTES]
+                await self._uploads.pace(len(part))
+                await self._send(encode(Doc(frame.request, offset, len(data), part)))
+        finally:
+            self._documents_out -= 1
+
+    async def _send(self, data: bytes | memoryview) -> None:
+        with trio.fail_after(SEND_SECONDS):
+            async with self._sending:
+                await self._stream.send_all(data)
+
+    # --- time
+
+    async def _watch(self) -> None:
+        mark_bytes, mark_answers, mark_at = self._received_bytes, self._answers, trio.current_time()
+        while True:
+            before = trio.current_time()
+            await trio.sleep(WATCH_SECONDS)
+            now = trio.current_time()
+            if now - before > WATCH_SECONDS + LAG_SECONDS:
+                self._heard_at = mark_at = now
+            moved = self._answers != mark_answers or self._received_bytes - mark_bytes >= PROGRESS_BYTES
+            if moved or not self.downloads.waiting:
+                mark_bytes, mark_answers, mark_at = self._received_bytes, self._answers, now
+            elif now - mark_at >= STALL_SECONDS:
+                self._end(SourceUnavailable(f"peer {self.peer} makes no progress"), Fault.SLOW)
+            if self.downloads.waiting or self.serving.queue:
+                self._used_at = now
+            await self._keep_alive(now)
+
+    async def _keep_alive(self, now: float) -> None:
+        silence = now - self._heard_at
+        if silence > PING_AFTER_SECONDS + PONG_WITHIN_SECONDS:
+            self._end(SourceUnavailable(f"peer {self.peer} has gone silent"), Fault.LOST)
+        elif silence > PING_AFTER_SECONDS and not self._pinged:
+            self._pinged = True
+            self._say(Ping(int(now)))
+        followed = bool(self.bitmaps or self.serving.joined)
+        if now - self._used_at > IDLE_SECONDS and not followed:
+            await self.close(GoodbyeReason.IDLE)
+
+    # --- asking
+
+    async def fetch(
+        self, swarm: bytes, wanted: WantedChunks, chunks: Sequence[int], *, priority: int, landed: Landed
+    ) -> PeerAnswer:
+        """Ask for chunks (ascending) and give them, verified, to `landed` as they arrive.
+
+        Safe to cancel: the peer is told to forget. Raises ChunkCorrupt when a chunk has other bytes (those before it
+        have landed), SourceUnavailable when the connection ends.
+        """
+        todo = deque(batches(wanted, chunks, chunks_max=REQUEST_CHUNKS_MAX, runs_max=RUNS_MAX))
+        fetch = Fetch()
+        mine: list[Request] = []
+        try:
+            while True:
+                self._raise_if_ended()
+                while todo and not fetch.busy and self._has_room(wanted, todo[0]):
+                    batch = todo.popleft()
+                    request = self.downloads.ask(swarm, wanted, batch, fetch)
+                    mine.append(request)
+                    self._say(Want(request.number, priority, swarm, runs_of(batch)))
+                if fetch.arrived:
+                    arrived, fetch.arrived = fetch.arrived, []
+                    await self._land(arrived, landed)
+                    continue
+                mine = [request for request in mine if request.chunks]
+                if not mine and (not todo or fetch.busy):
+                    break
+                if todo and not fetch.busy:
+                    self.downloads.waiting_for_room.add(fetch)
+                await fetch.wait()
+        finally:
+            self.downloads.waiting_for_room.discard(fetch)
+            for request in mine:
+                if self.downloads.forget(request) and self.error is None:
+                    self._say_quietly(Forget(request.number))
+        fetch.busy += [n for batch in todo for n in batch]
+        return PeerAnswer(fetch.missing, sorted(fetch.busy), fetch.retry_seconds, fetch.alternatives)
+
+    def _has_room(self, wanted: WantedChunks, batch: Sequence[int]) -> bool:
+        downloads = self.downloads
+        if len(downloads.requests) + len(downloads.documents) >= REQUESTS_MAX:
+            return False
+        size = sum(wanted.size[n] for n in batch)
+        return not downloads.outstanding_bytes or downloads.outstanding_bytes + size <= WINDOW_BYTES
+
+    async def _land(self, arrived: list[Arrived], landed: Landed) -> None:
+        source = f"peer {self.peer}"
+        if sum(item.size for item in arrived) > THREAD_FROM_BYTES:
+            good, bad = await trio.to_thread.run_sync(check_all, arrived, source)
+        else:
+            good, bad = check_all(arrived, source)
+        if good:
+            await landed(good)
+        if bad is not None:
+            self._end(bad, Fault.CORRUPT)
+            raise ChunkCorrupt(bad.what, hint=bad.hint) from bad
+
+    async def document(self, digest: bytes, *, limit_bytes: int = DOCUMENT_MAX_BYTES) -> bytes | None:
+        """A TOC, manifest or config by digest, not verified; None when the peer does not have it."""
+        self._raise_if_ended()
+        document, fetch = DocumentRequest(limit_bytes), Fetch()
+        number = self.downloads.new_number()
+        self.downloads.documents[number] = (document, fetch)
+        self._say(DocWant(number, digest))
+        try:
+            while not document.done:
+                await fetch.wait()
+                self._raise_if_ended()
+        finally:
+            self.downloads.leave_document(number)
+        return None if document.missing else b"".join(document.parts)
+
+    def follow(self, swarm: bytes) -> None:
+        """Ask for the bitmap of a swarm and its changes; `bitmaps` has them from then on."""
+        if not self.ended and self.bitmaps.follow(swarm):
+            self._say(Join(swarm))
+
+    def unfollow(self, swarm: bytes) -> None:
+        """No more of them."""
+        if not self.ended and self.bitmaps.unfollow(swarm):
+            self._say(Leave(swarm))
+
+    def _say_quietly(self, frame: Frame) -> None:
+        with contextlib.suppress(PeerFault):  # the connection is about to end for the same reason
+            self._say(frame)
+
+    def _raise_if_ended(self) -> None:
+        if self.error is not None:
+            raise SourceUnavailable(self.error.what, hint=self.error.hint) from self.error
+
+
+assert FRAME_MAX_BYTES < UNSENT_MAX_BYTES

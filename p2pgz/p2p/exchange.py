@@ -1,0 +1,293 @@
+"""The exchange: every connection to a peer, who may have one, and how chunks are got through them.
+
+`Exchange` is the `PeerSource` of fetch/ and what the listener hands TLS connections to. It owns the connections' tasks,
+keeps their number within a budget, makes peers lose their place for faults, and tells followers how bitmaps change. It
+never decides between peers and registry: that is the race's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import structlog
+import trio
+
+from p2pgz.core.digest import Digest
+from p2pgz.core.hello import Refused
+from p2pgz.core.messages import GoodbyeReason
+from p2pgz.core.peerid import PeerId
+from p2pgz.core.ports import Landed, PeerAnswer
+from p2pgz.core.standing import Fault, Standing
+from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.connection import Connection
+from p2pgz.p2p.handshake import Credentials, Handshaken, accept, dial, say_goodbye
+from p2pgz.p2p.offers import Offers, WantedChunks
+from p2pgz.p2p.uploads import Uploads
+
+log = structlog.get_logger(component="peers")
+
+# design, section 6: the connection budget of the chunk plane
+CONNECTIONS_MAX: Final = 128
+# both ends may dial at once, and a restarted peer comes before we notice that it was gone
+PER_PEER_MAX: Final = 4
+# TCP, TLS and HELLO: three round trips and 5 ms of CPU; a peer that needs longer is no help to a read
+DIAL_SECONDS: Final = 3.0
+ACCEPT_SECONDS: Final = 10.0
+HANDSHAKES_MAX: Final = 64
+# how soon followers learn of new chunks; more often would cost more than it helps
+TELL_SECONDS: Final = 0.05
+
+
+class Exchange:
+    """All connections of this node. Made by `Exchange.open`."""
+
+    def __init__(
+        self, credentials: Credentials, offers: Offers, uploads: Uploads, nursery: trio.Nursery
+    ) -> None:
+        self._credentials = credentials
+        self._offers = offers
+        self.uploads = uploads
+        self._nursery = nursery
+        self._connections: dict[PeerId, list[Connection]] = {}
+        self._followed: dict[bytes, int] = {}
+        self._dialling: dict[tuple[str, int], trio.Event] = {}
+        self._handshakes = 0
+        self.standing = Standing()
+        self.chunks = self.bytes = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, credentials: Credentials, offers: Offers, uploads: Uploads
+    ) -> AsyncIterator[Exchange]:
+        """An exchange whose connections live as long as the context; at its end peers are told goodbye."""
+        async with trio.open_nursery() as nursery:
+            exchange = cls(credentials, offers, uploads, nursery)
+            nursery.start_soon(exchange._tell)
+            try:
+                yield exchange
+            finally:
+                with trio.CancelScope(shield=True):
+                    await exchange._goodbye()
+                nursery.cancel_scope.cancel()
+
+    @property
+    def own_id(self) -> PeerId:
+        """Our peer id."""
+        return self._credentials.identity.peer_id
+
+    def connections(self) -> list[Connection]:
+        """Those that are open."""
+        return [c for group in self._connections.values() for c in group if not c.ended]
+
+    def connection(self, peer: PeerId) -> Connection | None:
+        """The best open connection to a peer."""
+        group = [c for c in self._connections.get(peer, ()) if not c.ended]
+        return min(group, key=Connection.expected_seconds, default=None)
+
+    # --- coming together
+
+    async def accept(self, raw: trio.SocketStream) -> None:
+        """Take over an incoming connection; returns when it has ended."""
+        if self._handshakes >= HANDSHAKES_MAX:
+            await raw.aclose()
+            return
+        self._handshakes += 1
+        try:
+            with trio.fail_after(ACCEPT_SECONDS):
+                ends = await accept(raw, self._credentials)
+        except Refused as error:
+            log.warning("peer.refused", reason=str(error))
+            await trio.aclose_forcefully(raw)
+            return
+        except (P2pgzError, trio.TooSlowError, trio.BrokenResourceError) as error:
+            log.debug("peer.handshake_failed", reason=str(error))
+            await trio.aclose_forcefully(raw)
+            return
+        finally:
+            self._handshakes -= 1
+        refusal = self._refusal(ends.peer)
+        if refusal is not None:
+            await say_goodbye(ends.stream, refusal)
+            await trio.aclose_forcefully(raw)
+            return
+        await self._run(self._add(ends))
+
+    async def connect(self, host: str, port: int, *, expected: PeerId | None = None) -> Connection:
+        """An open connection to the peer there, a new one if need be; raises SourceUnavailable and its kin.
+
+        Many may ask at the same time: one dials.
+        """
+        while True:
+            known = self.connection(expected) if expected is not None else None
+            if known is not None:
+                return known
+            if expected is not None and self.standing.out_until(expected, trio.current_time()):
+                raise SourceUnavailable(f"peer {expected} has lost its place for a while")
+            other = self._dialling.get((host, port))
+            if other is None or expected is None:
+                break
+            await other.wait()
+        done = self._dialling[host, port] = trio.Event()
+        try:
+            return await self._dial(host, port, expected)
+        finally:
+            done.set()
+            if self._dialling.get((host, port)) is done:
+                del self._dialling[host, port]
+
+    async def _dial(self, host: str, port: int, expected: PeerId | None) -> Connection:
+        raw: trio.SocketStream | None = None
+        try:
+            with trio.fail_after(DIAL_SECONDS):
+                raw = await trio.open_tcp_stream(host, port)
+                ends = await dial(raw, self._credentials, expected=expected)
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError, P2pgzError) as error:
+            if raw is not None:
+                await trio.aclose_forcefully(raw)
+            if expected is not None:
+                fault = Fault.PROTOCOL if type(error) is PeerFault else Fault.LOST
+                self.standing.fault(expected, fault, trio.current_time())
+            if isinstance(error, P2pgzError):
+                raise
+            why = (
+                f"no answer within {DIAL_SECONDS:g} s" if isinstance(error, trio.TooSlowError) else str(error)
+            )
+            raise SourceUnavailable(f"peer at {host}:{port}: {why}") from error
+        except BaseException:
+            if raw is not None:
+                await trio.aclose_forcefully(raw)
+            raise
+        refusal = self._refusal(ends.peer)
+        if refusal is not None:
+            await trio.aclose_forcefully(raw)
+            raise SourceUnavailable(f"peer {ends.peer} is not connected to: {refusal.name.lower()}")
+        connection = self._add(ends)
+        self._nursery.start_soon(self._run, connection)
+        return connection
+
+    def _refusal(self, peer: PeerId) -> GoodbyeReason | None:
+        if self.standing.banned(peer, trio.current_time()):
+            return GoodbyeReason.FAULT
+        total = sum(len(group) for group in self._connections.values())
+        if total >= CONNECTIONS_MAX or len(self._connections.get(peer, ())) >= PER_PEER_MAX:
+            return GoodbyeReason.TOO_MANY
+        return None
+
+    def _add(self, ends: Handshaken) -> Connection:
+        connection = Connection(ends, self._offers, self.uploads)
+        self._connections.setdefault(ends.peer, []).append(connection)
+        for swarm in self._followed:
+            connection.follow(swarm)
+        return connection
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            group = self._connections[connection.peer]
+            group.remove(connection)
+            if not group:
+                del self._connections[connection.peer]
+            if connection.fault is not None:
+                self.standing.fault(connection.peer, connection.fault, trio.current_time())
+
+    async def _goodbye(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for connection in self.connections():
+                nursery.start_soon(connection.close)
+
+    # --- who has what
+
+    def follow(self, swarm: bytes) -> None:
+        """Learn from all peers, present and future, which chunks of the swarm they have."""
+        self._followed[swarm] = self._followed.get(swarm, 0) + 1
+        for connection in self.connections():
+            connection.follow(swarm)
+
+    def unfollow(self, swarm: bytes) -> None:
+        """Undo one `follow`."""
+        left = self._followed.pop(swarm, 0) - 1
+        if left > 0:
+            self._followed[swarm] = left
+            return
+        for connection in self.connections():
+            connection.unfollow(swarm)
+
+    def holders(self, swarm: bytes, n: int) -> list[PeerId]:
+        """Peers that say they have chunk n, the one that should answer first at the front."""
+        now = trio.current_time()
+        found = [
+            c
+            for c in self.connections()
+            if c.bitmaps.has(swarm, n) and not self.standing.out_until(c.peer, now)
+        ]
+        found.sort(key=Connection.expected_seconds)
+        return list(dict.fromkeys(c.peer for c in found))
+
+    async def fetch(
+        self,
+        peer: PeerId,
+        swarm: bytes,
+        table: WantedChunks,
+        chunks: Sequence[int],
+        *,
+        priority: int,
+        landed: Landed,
+    ) -> PeerAnswer:
+        """Get chunks (ascending) from a connected peer; see `core.ports.PeerSource`."""
+        connection = self.connection(peer)
+        if connection is None:
+            raise SourceUnavailable(f"peer {peer} is not connected")
+
+        async def counted(good: list[tuple[int, Any]]) -> None:
+            self.chunks += len(good)
+            self.bytes += sum(len(chunk) for _, chunk in good)
+            await landed(good)
+
+        answer = await connection.fetch(swarm, table, chunks, priority=priority, landed=counted)
+        if not answer.missing and not answer.busy:
+            self.standing.good(peer)
+        return answer
+
+    async def document(self, digest: bytes, *, limit_bytes: int) -> bytes | None:
+        """A TOC, manifest or config from whichever peer has it, checked; None when none has."""
+        for connection in sorted(self.connections(), key=Connection.expected_seconds):
+            try:
+                data = await connection.document(digest, limit_bytes=limit_bytes)
+            except SourceUnavailable:
+                continue
+            if data is None:
+                continue
+            if hashlib.sha256(data).digest() == digest:
+                return data
+            error = ChunkCorrupt(f"peer {connection.peer}: document {Digest(digest)} has other bytes")
+            connection.blame(error, Fault.CORRUPT)
+        return None
+
+    async def _tell(self) -> None:
+        while True:
+            await trio.sleep(TELL_SECONDS)
+            for connection in self.connections():
+                if connection.serving.joined:
+                    try:
+                        connection.serving.tell_changes()
+                    except PeerFault as error:
+                        connection.blame(error, Fault.SLOW)
+
+    def status(self) -> list[dict[str, Any]]:
+        """The open connections for `p2pgz status`."""
+        now = trio.current_time()
+        return [
+            {
+                "peer_id": str(c.peer),
+                "version": c.version,
+                "seconds": now - c.since,
+                "received_bytes": c.downloads.received_bytes,
+                "expected_seconds": c.expected_seconds(),
+            }
+            for c in self.connections()
+        ]

@@ -1,0 +1,171 @@
+"""From a TCP connection to two ends that know each other: TLS 1.3, then HELLO both ways.
+
+Called by the exchange for connections that it dials and accepts, under a deadline of the caller's. Nothing of the pool is
+within reach before both ids are proven and admitted. A TLS end without our ALPN is somebody else's (OpenSSL completes
+the handshake all the same, so both ends look).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import ssl
+from dataclasses import dataclass
+
+import trio
+
+from p2pgz.core.admission import Admission
+from p2pgz.core.frames import encode
+from p2pgz.core.hello import (
+    FEATURES,
+    HIGHEST_VERSION,
+    LOWEST_VERSION,
+    Agreement,
+    Refused,
+    agree,
+    check_accepting,
+    check_dialling,
+    statement,
+)
+from p2pgz.core.messages import NONCE_BYTES, Feature, Frame, Goodbye, GoodbyeReason, Hello
+from p2pgz.core.peerid import PeerId
+from p2pgz.core.wire import FrameReader
+from p2pgz.errors import PeerFault, SourceUnavailable
+from p2pgz.p2p.certificate import certified_peer, verify_signature
+from p2pgz.p2p.identity import ALPN, Identity
+
+ExchangeStream = trio.SSLStream[trio.SocketStream]
+_RECEIVE_BYTES = 16 << 10  # one TLS record
+# how long a refusal may take to leave; the peer may not be reading
+_GOODBYE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """Who we are, whom we let in, and what we speak."""
+
+    identity: Identity
+    admission: Admission
+    accepting: ssl.SSLContext
+    dialling: ssl.SSLContext
+    features: Feature = FEATURES
+    versions: tuple[int, int] = (LOWEST_VERSION, HIGHEST_VERSION)
+
+    @classmethod
+    def make(cls, identity: Identity, admission: Admission, features: Feature = FEATURES) -> Credentials:
+        """With a new certificate."""
+        accepting, dialling = identity.tls_contexts()
+        return cls(
+            identity=identity,
+            admission=admission,
+            accepting=accepting,
+            dialling=dialling,
+            features=features,
+        )
+
+    def hello(self, nonce: bytes, signature: bytes = b"") -> Hello:
+        """Our HELLO."""
+        own = self.identity.peer_id
+        proofs = self.admission.proofs(own)
+        return Hello(*self.versions, self.features, nonce, own.raw, signature, proofs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handshaken:
+    """A connection with a proven, admitted peer. `frames` came right behind its HELLO."""
+
+    stream: ExchangeStream
+    peer: PeerId
+    agreement: Agreement
+    reader: FrameReader
+    frames: list[Frame]
+
+
+async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken:
+    """The accepting end; raises PeerFault and its kin. Does not close the stream when it fails."""
+    stream = trio.SSLStream(raw, credentials.accepting, server_side=True, https_compatible=True)
+    await _tls(stream)
+    ours = credentials.hello(secrets.token_bytes(NONCE_BYTES))
+    await stream.send_all(encode(ours))
+    reader = FrameReader()
+    try:
+        theirs, frames = await _receive_hello(stream, reader)
+        agreement = agree(ours, theirs)
+        peer = check_dialling(
+            theirs,
+            own=credentials.identity.peer_id,
+            nonce=ours.nonce,
+            admission=credentials.admission,
+            verify=verify_signature,
+        )
+    except Refused as error:
+        await say_goodbye(stream, error.reason)
+        raise
+    return Handshaken(stream=stream, peer=peer, agreement=agreement, reader=reader, frames=frames)
+
+
+async def dial(
+    raw: trio.SocketStream, credentials: Credentials, *, expected: PeerId | None = None
+) -> Handshaken:
+    """The dialling end. With `expected`, any other peer is refused before it learns anything of us."""
+    stream = trio.SSLStream(raw, credentials.dialling, https_compatible=True)
+    await _tls(stream)
+    certificate = stream.getpeercert(binary_form=True)
+    if not isinstance(certificate, bytes):
+        raise PeerFault("the peer showed no certificate")
+    proven = certified_peer(certificate)
+    if expected is not None and proven != expected:
+        raise PeerFault(
+            f"peer {proven} answers where {expected} should be", hint="the address is out of date"
+        )
+    reader = FrameReader()
+    try:
+        theirs, frames = await _receive_hello(stream, reader)
+        own = credentials.identity
+        ours = credentials.hello(
+            secrets.token_bytes(NONCE_BYTES), own.sign(statement(proven, theirs.nonce, own.peer_id))
+        )
+        agreement = agree(ours, theirs)
+        check_accepting(theirs, proven=proven, own=own.peer_id, admission=credentials.admission)
+    except Refused as error:
+        await say_goodbye(stream, error.reason)
+        raise
+    # what we want may follow at once: if they refuse us, they say so instead of answering
+    await stream.send_all(encode(ours))
+    return Handshaken(stream=stream, peer=proven, agreement=agreement, reader=reader, frames=frames)
+
+
+async def _tls(stream: ExchangeStream) -> None:
+    try:
+        await stream.do_handshake()
+    except trio.BrokenResourceError as error:
+        raise SourceUnavailable(f"TLS handshake failed: {error.__cause__ or error}") from error
+    if stream.selected_alpn_protocol() != ALPN:
+        raise PeerFault(f"the other end does not speak {ALPN}", hint="is this the port of a p2pgz node?")
+
+
+async def _receive_hello(stream: ExchangeStream, reader: FrameReader) -> tuple[Hello, list[Frame]]:
+    while True:
+        try:
+            data = await stream.receive_some(_RECEIVE_BYTES)
+        except trio.BrokenResourceError as error:
+            raise SourceUnavailable("the connection broke before the peer said hello") from error
+        if not data:
+            raise SourceUnavailable("the peer closed the connection before it said hello")
+        frames = reader.feed(data)
+        if not frames:
+            continue
+        first, *rest = frames
+        if isinstance(first, Goodbye):
+            raise SourceUnavailable(f"the peer refused us: {first.reason.name.lower()} {first.text}".rstrip())
+        assert isinstance(first, Hello)
+        return first, rest
+
+
+async def say_goodbye(stream: ExchangeStream, reason: GoodbyeReason, text: str = "") -> None:
+    """Tell the peer why; it need not be listening."""
+    with (
+        trio.move_on_after(_GOODBYE_SECONDS),
+        contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+    ):
+        await stream.send_all(encode(Goodbye(reason, text)))

@@ -1,0 +1,63 @@
+"""What the exchange needs to know of this host: the ports through which it gets chunks to give away.
+
+Implemented by `fetch.offers` on the pool, and by fakes. What an offer gives out must be verified in this boot; images that
+must not be shared have no offer, so that "unknown" and "not allowed" are the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Offer(Protocol):
+    """The chunks of one swarm (a TOC), as far as this host has them."""
+
+    chunk_count: int
+    ratio: float
+    """how small the layer's own writer made it: compressed bytes by raw bytes"""
+
+    def size(self, n: int) -> int:
+        """Bytes of chunk n."""
+        ...
+
+    def has(self, n: int) -> bool:
+        """Whether chunk n is here and verified."""
+        ...
+
+    def bits(self) -> bytes:
+        """The whole bitmap, as BITMAP frames carry it."""
+        ...
+
+    def read_cached(self, n: int, offset: int, into: memoryview) -> bool:
+        """Fill `into` from chunk n if that takes no waiting for the disk; false when it would, or the chunk is gone."""
+        ...
+
+    async def read(self, n: int, offset: int, into: memoryview) -> bool:
+        """Fill `into` from chunk n; false when the chunk is gone."""
+        ...
+
+
+class Offers(Protocol):
+    """Everything this host gives to peers."""
+
+    def swarm(self, swarm: bytes) -> Offer | None:
+        """The offer of a swarm id (for images shared with everyone: the TOC's sha256), or None."""
+        ...
+
+    async def document(self, digest: bytes) -> bytes | None:
+        """A TOC, manifest or config that may be given away, or None."""
+        ...
+
+
+class WantedChunks(Protocol):
+    """What a chunk must be; `core.layout.SegmentTable` is one."""
+
+    @property
+    def size(self) -> Sequence[int] | memoryview:
+        """Bytes of each chunk, by its number."""
+        ...
+
+    def digest(self, n: int) -> bytes:
+        """The sha256 of chunk n, 32 raw bytes."""
+        ...
