@@ -225,6 +225,15 @@ async def _bytes(
     return _Streamed("application/octet-stream", write)
 
 
+class _Connection(TCPServer):
+    """One connection, over when its client closes it: hypercorn alone would hold it for the whole keep-alive time, and a
+    minute of many short commands would use up the connections that `unix.serve` allows."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
+
+
 def handler(app: Starlette) -> Callable[[trio.SocketStream], Awaitable[None]]:
     """The app as a handler of `web.unix.serve`: hypercorn's HTTP/1.1 on an accepted stream."""
     config = HypercornConfig()
@@ -233,6 +242,7 @@ def handler(app: Starlette) -> Callable[[trio.SocketStream], Awaitable[None]]:
     context = WorkerContext(None)
 
     async def serve_stream(stream: trio.SocketStream) -> None:
-        await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]  # plain or TLS
+        connection = _Connection(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]  # plain or TLS
+        await connection
 
     return serve_stream
