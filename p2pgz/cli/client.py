@@ -188,7 +188,10 @@ def _start_node(settings: Settings, client: NodeClient) -> None:
             )
     except OSError as error:
         os.close(ready_read)
-        raise StateError(f"{log_path}: {error.strerror}", hint="is the state directory writable?") from error
+        raise StateError(
+            f"the state directory {settings.state_path} cannot be used: {error.strerror}",
+            hint="choose another one with --state-dir",
+        ) from error
     finally:
         os.close(ready_write)
     with os.fdopen(ready_read, "rb") as ready:

@@ -35,7 +35,7 @@ from p2pgz.core.media import (
 from p2pgz.core.platform import Platform
 from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference
-from p2pgz.errors import ImageInvalid, PoolFull, SourceUnavailable, StateError
+from p2pgz.errors import ImageInvalid, ImageNotFound, PoolFull, SourceUnavailable, StateError
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer, domain_of
@@ -112,11 +112,14 @@ class ImageOpener:
         platform: Platform,
         allow_unverified_toc: bool,
         progress: Progress,
+        insist_on_platform: bool = False,
     ) -> OpenImage:
         """Open an image by reference; raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable."""
         try:
             with trio.fail_after(OPEN_SECONDS):
                 manifest = await self._manifest(reference, source, platform)
+                if insist_on_platform:
+                    await self._check_platform(reference, source, manifest, platform)
         except trio.TooSlowError:
             raise SourceUnavailable(f"{source.name}: no answer within {OPEN_SECONDS:g} s") from None
         lock = self._opening.setdefault(manifest.digest, trio.Lock())
@@ -168,6 +171,19 @@ class ImageOpener:
             assert isinstance(parsed, Index)
             descriptor = select_platform(parsed, platform, where=str(reference))
         raise ImageInvalid(f"{reference}: indexes inside indexes, more than {MAX_INDEX_DEPTH} deep")
+
+    async def _check_platform(
+        self, reference: Reference, source: ImageSource, manifest: Manifest, platform: Platform
+    ) -> None:
+        """An image without an index is for one platform: refuse it when the user has asked for another one."""
+        document = await self._document(source, manifest.config)
+        config = parse_config(document, len(manifest.layers), os="", where=f"config {manifest.config.digest}")
+        offered = Platform.of(config.os, config.architecture, config.variant)
+        if platform.suits(offered) is None:
+            raise ImageNotFound(
+                f"{reference}: is an image for {offered}, not {platform}",
+                hint="leave --platform out to take it as it is",
+            )
 
     async def _document(self, source: ImageSource, descriptor: Descriptor) -> bytes:
         """A document from the pool, or from the source and then kept."""
