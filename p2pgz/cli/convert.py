@@ -185,15 +185,18 @@ def _convert_image(
                     bar = shown[progress.digest] = bars(progress.digest.hex[:12], progress.total_bytes)
                 bar(progress.done_bytes, progress.state)
 
-            async with (
-                open_source(source_reference, registry_of(source_reference.host)) as opened_source,
-                open_sink(
-                    target_reference, registry_of(target_reference.host), mount_from=mount_from
-                ) as sink,
-            ):
-                return await convert_image(
-                    opened_source, source_reference, sink, target_reference, convert_options, report=report
-                )
+            async with open_source(source_reference, registry_of(source_reference.host)) as opened_source:
+                await opened_source.resolve(source_reference)  # before anything is made at the target
+                target_options = registry_of(target_reference.host)
+                async with open_sink(target_reference, target_options, mount_from=mount_from) as sink:
+                    return await convert_image(
+                        opened_source,
+                        source_reference,
+                        sink,
+                        target_reference,
+                        convert_options,
+                        report=report,
+                    )
 
     return trio.run(run)
 
