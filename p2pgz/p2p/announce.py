@@ -40,7 +40,7 @@ STANDBY_DELAY_SECONDS = 120.0  # holders on stand-by offer to who joins at a ran
 JOINED_QUEUE = 4096
 EPOCHS = 20_000  # members whose start we remember
 SWEEP_SECONDS = 300.0
-REFRESH_SECONDS = 30 * 60.0
+REFRESH_SECONDS = 60 * 60.0  # go-libp2p: 10 min; every connection that is made refreshes as well
 KEYS_BETWEEN_CHECKPOINTS = 200  # 2 ms of closest() each
 
 
@@ -364,7 +364,7 @@ class Announcer:
     async def _look_around(self) -> None:
         while True:
             if len(self.kad.table) == 0:
-                await self.kad.join(self._bootstrap())
+                await self.kad.join(self._bootstrap(), self._random)
             else:
                 await self.kad.refresh(self._random)
             pause = (

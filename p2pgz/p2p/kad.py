@@ -256,13 +256,19 @@ class KadNode:
         self.met(contact)
         return answer.kind is Kind.PING
 
-    async def join(self, bootstrap: Iterable[Contact]) -> int:
-        """Get into the DHT by way of some peers; returns how many servers are known afterwards."""
+    async def join(self, bootstrap: Iterable[Contact], random: Callable[[], float]) -> int:
+        """Get into the DHT by way of some peers; returns how many servers are known afterwards.
+
+        A walk to ourselves meets our own neighbourhood only. When everybody has joined at the same moment and done no
+        more, each half of the key space knows nothing of the other: hence a walk into every other part.
+        """
         async with trio.open_nursery() as nursery:
             for contact in bootstrap:
                 if contact.peer != self._own:
                     nursery.start_soon(self.ping, contact)
         await self.find_closest(self._own)
+        for bits in self.table.thin_buckets(DEEPEST_REFRESH_BITS):
+            await self.find_closest(_name_in_bucket(self._own, bits, random))
         return len(self.table)
 
     async def refresh(self, random: Callable[[], float]) -> None:
