@@ -133,6 +133,15 @@ class Demand:
                 if errno or not ticket.remaining:
                     ticket._finish(errno)  # both are this module's
 
+    def fail_all(self, errno: int) -> None:
+        """End every wait with this errno, and forget what was asked for."""
+        flights, self._flights = self._flights, {}
+        self._requests.clear()
+        for flight in flights.values():
+            for ticket in flight.tickets:
+                if not ticket.done:
+                    ticket._finish(errno)
+
     def give_up(self, ticket: Ticket) -> list[Record]:
         """The reader does not wait any longer. What nobody else waits for is cancelled, so that a later read asks anew."""
         cancelled = []

@@ -73,7 +73,9 @@ def _hint(code: int, step: str) -> str:
     if step == "context":
         return "SELinux is not in use on this host, or does not know that context: leave --context out"
     if code == errno.ENOTBLK:
-        return f"the kernel does not mount EROFS from files, or not from files on this file system; {_USE_TREE}"
+        return (
+            f"the kernel does not mount EROFS from files, or not from files on this file system; {_USE_TREE}"
+        )
     if code == errno.EPERM:
         return "mounting needs root or CAP_SYS_ADMIN"
     return _USE_TREE

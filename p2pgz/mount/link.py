@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
@@ -57,12 +57,22 @@ class NodeLink:
         self._clogged = trio.Event()
         self._expired: dict[tuple[int, int], float] = {}  # segment, chunk → until when its reads fail at once
 
+    @property
+    def connected(self) -> bool:
+        """Whether a node hears us now."""
+        return self._socket is not None
+
     async def ensure(self, segment: int, first: int, count: int) -> int:
         """Wait until chunks first .. first+count are present; returns 0, or the errno that the reader gets."""
+        return await self.ensure_chunks(segment, range(first, first + count))
+
+    async def ensure_chunks(self, segment: int, chunks: Sequence[int]) -> int:
+        """The same for chunks in any order; the first one that is missing is what the reader is stuck at."""
         missing: list[int] = []
         with trio.move_on_after(self._deadline_seconds):
             for _ in range(ATTEMPTS):
-                missing = self.presences[segment].missing(first, count)
+                has = self.presences[segment].has
+                missing = [n for n in chunks if not has(n)]
                 if not missing:
                     return 0
                 if self._expired and self._has_just_expired(segment, missing):
@@ -81,6 +91,10 @@ class NodeLink:
         until = trio.current_time() + AFTER_DEADLINE_SECONDS
         self._expired |= {(segment, n): until for n in missing}
         return errno.EIO
+
+    def abandon(self) -> None:
+        """Nobody answers here any more: wake all readers that wait, with an error."""
+        self.demand.fail_all(errno.EIO)
 
     def _has_just_expired(self, segment: int, missing: list[int]) -> bool:
         now = trio.current_time()

@@ -20,6 +20,8 @@ from typing import Final, NamedTuple
 from p2pgz.errors import MountUnavailable
 
 FS_TYPE: Final = "fuse.p2pgz"
+EROFS_TYPE: Final = "erofs"
+EROFS_SUFFIX: Final = ".p2pgz-erofs"  # of the metadata file, which the kernel shows as the source
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 FUSERMOUNT_SECONDS: Final = 30.0
@@ -70,7 +72,12 @@ def _mountinfo() -> list[MountPoint]:
 
 def find_mounts() -> list[MountPoint]:
     """All p2pgz mounts in this mount namespace, oldest first."""
-    return [mount for mount in _mountinfo() if mount.fs_type == FS_TYPE]
+    return [mount for mount in _mountinfo() if is_ours(mount)]
+
+
+def is_ours(mount: MountPoint) -> bool:
+    """Whether p2pgz made it, in either mode."""
+    return mount.fs_type == FS_TYPE or (mount.fs_type == EROFS_TYPE and mount.source.endswith(EROFS_SUFFIX))
 
 
 def check_mount_point(directory: str | Path) -> None:
@@ -79,7 +86,7 @@ def check_mount_point(directory: str | Path) -> None:
     resolved = resolve_parent(path)
     there = [mount for mount in _mountinfo() if mount.directory == resolved]
     if there:
-        hint = f"`p2pgz umount {path}` first" if there[-1].fs_type == FS_TYPE else "choose another directory"
+        hint = f"`p2pgz umount {path}` first" if is_ours(there[-1]) else "choose another directory"
         raise MountUnavailable(f"{path}: {there[-1].source} is mounted there already", hint=hint)
     try:
         with os.scandir(path) as entries:

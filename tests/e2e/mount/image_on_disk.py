@@ -19,14 +19,20 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout, SegmentTable
 from p2pgz.core.model import Chunk, Entry, Toc
 from p2pgz.errors import SourceUnavailable
+from p2pgz.image.erofs import write_metadata
 from p2pgz.image.merge import LayerInput, merge_layers
 from p2pgz.image.treebuild import build_tree
+from p2pgz.image.treefile import TreeFile
 from p2pgz.mount.attach import move_mount
+from p2pgz.mount.hosting import ErofsPart
+from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.session import FsHost, FsSession, SegmentFiles, SessionOptions
-from p2pgz.mount.umount import unmount
+from p2pgz.mount.umount import find_mounts, unmount
 from p2pgz.pool.presence import Presence
 
 CHUNK_BYTES = 64 << 10
+MODE = "tree"
+"""how `mounted` mounts; tests/e2e/erofs runs the same tests with "erofs\""""
 
 
 class ImageOnDisk:
@@ -67,6 +73,8 @@ class ImageOnDisk:
         with self.data_path.open("wb") as file:
             file.truncate(layout.segment_bytes)
         self.tree_path.write_bytes(build_tree(merge_layers([LayerInput(toc, layout.extents, toc.digest)])))
+        self.metadata_path = self.folder / "a.p2pgz-erofs"
+        self.metadata_path.write_bytes(write_metadata(TreeFile(self.tree_path.read_bytes())))
         self.presence = Presence.create(self.table.chunk_count)
         return self
 
@@ -164,8 +172,12 @@ async def mounted(image: ImageOnDisk, directory: Path, **options: object) -> Asy
     """Mount, and unmount at the end unless the test did; checks that the process ended well."""
     directory.mkdir(exist_ok=True)
     supplier = Supplier(image)
-    async with FsHost.open() as host:
-        session = await host.start_session(image.options(**options), supplier.ensure)
+    async with FsHost.open() as host, SegmentClient.open() as segments:
+        if MODE == "erofs":
+            opening = ErofsPart(bytes(image.metadata_path), [])
+            session = await segments.start_session(opening, image.options(**options), supplier.ensure)
+        else:
+            session = await host.start_session(image.options(**options), supplier.ensure)
         descriptor = session.take_mount_fd()
         move_mount(descriptor, directory)
         os.close(descriptor)
@@ -179,6 +191,4 @@ async def mounted(image: ImageOnDisk, directory: Path, **options: object) -> Asy
 
 
 def is_mounted(directory: Path) -> bool:
-    from p2pgz.mount.umount import find_mounts
-
     return str(directory) in {mount.directory for mount in find_mounts()}
