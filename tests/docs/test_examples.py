@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from p2pgz.core.media import OCI_CONFIG, OCI_LAYER_TAR, OCI_MANIFEST, REF_NAME_A
 from tests.e2e.cli.fake_registry_thread import RegistryThread
 
 ROOT = Path(__file__).parents[2]
+NODE_ENDS_WITHIN_SECONDS = 10.0
 BLOCK = re.compile(r"^```sh run( root)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [
     path
@@ -94,9 +96,27 @@ def folder(tmp_path: Path, registry: RegistryThread) -> Iterator[Path]:
     write_layout(place / "layout", tar)
     (place / "layer.tar").write_bytes(tar)
     yield place
-    with contextlib.suppress(OSError, ValueError):
-        os.kill(int((place / "state" / "lock").read_text()), signal.SIGTERM)
+    for point in reversed(mount_points(place)):  # only where a page stopped half way
+        subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+    end_node(place / "state" / "lock")
     shutil.rmtree(place, ignore_errors=True)
+
+
+def mount_points(place: Path) -> list[str]:
+    """What is mounted below a folder, oldest first."""
+    points = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return [point for point in points if point.startswith(f"{place}/")]
+
+
+def end_node(lock: Path) -> None:
+    """End the node that a page started, if it still runs."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(lock.read_text())
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + NODE_ENDS_WITHIN_SECONDS
+        status = Path(f"/proc/{pid}/stat")
+        while time.monotonic() < deadline and status.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.02)
 
 
 @pytest.mark.root
@@ -106,6 +126,7 @@ def test_the_commands_of_a_page_work(page: Path, folder: Path, registry: Registr
     blocks = [block for _, block in BLOCK.findall(page.read_text("utf-8"))]
     script = "\n".join(blocks).replace("localhost:5000", registry.address)
     script = re.sub(r"(?<![\w./])/(srv|mnt)\b", rf"{folder}/\1", script)
+    script = script.replace("/run/p2pgz/", f"{folder}/state/")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
