@@ -90,28 +90,48 @@ def variable(option: click.Option, context: click.Context) -> str:
 
 
 def config_block() -> list[str]:
-    """One table for each section of the configuration."""
+    """One table for each section of the configuration, and for each list of tables."""
     lines: list[str] = []
     default = config.Config()
-    for field in msgspec.structs.fields(config.Config):
+    for field, doc in zip(
+        msgspec.structs.fields(config.Config), config._field_docs(config.Config), strict=True
+    ):
         section = getattr(default, field.name)
-        if not isinstance(section, msgspec.Struct):
-            continue
-        lines += [f"### `[{field.name}]`", "", (type(section).__doc__ or "").strip(), ""]
-        rows = [
-            (
-                f"`{key.name}`",
-                type_name(key.type),
-                f"`{config._toml(getattr(section, key.name))}`",
-                doc,
-                f"`P2PGZ_{field.name.upper()}__{key.name.upper()}`",
-            )
-            for key, doc in zip(
-                msgspec.structs.fields(type(section)), config._field_docs(type(section)), strict=True
-            )
-        ]
-        lines += [*table(("key", "type", "default", "meaning", "environment variable"), rows), ""]
+        if isinstance(section, msgspec.Struct):
+            lines += [f"### `[{field.name}]`", "", one_line(type(section).__doc__), ""]
+            lines += [*key_table(field.name, section), ""]
+        elif isinstance(section, list) and (shape := item_struct(field.type)) is not None:
+            lines += [f"### `[[{field.name}]]`", "", one_line(shape.__doc__), "", one_line(doc), ""]
+            rows = [(f"`{key.name}`", type_name(key.type)) for key in msgspec.structs.fields(shape)]
+            lines += [*table(("key", "type"), rows), ""]
     return lines
+
+
+def key_table(name: str, section: msgspec.Struct) -> list[str]:
+    """The keys of one section."""
+    keys = zip(msgspec.structs.fields(type(section)), config._field_docs(type(section)), strict=True)
+    rows = [
+        (
+            f"`{key.name}`",
+            type_name(key.type),
+            f"`{config._toml(getattr(section, key.name))}`",
+            one_line(doc),
+            f"`P2PGZ_{name.upper()}__{key.name.upper()}`",
+        )
+        for key, doc in keys
+    ]
+    return table(("key", "type", "default", "meaning", "environment variable"), rows)
+
+
+def one_line(text: str | None) -> str:
+    """A docstring as it fits into a table."""
+    return " ".join((text or "").split())
+
+
+def item_struct(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct that a list holds, if it does."""
+    item = getattr(msgspec.inspect.type_info(kind), "item_type", None)
+    return item.cls if isinstance(item, msgspec.inspect.StructType) else None
 
 
 def type_name(kind: Any) -> str:
@@ -150,8 +170,10 @@ def default_block() -> list[str]:
 def request_block() -> list[str]:
     """The fields of each request of the control API."""
     lines: list[str] = []
-    for shape in (api.MountRequest, api.VerifyRequest, api.WaitRequest, api.GetRequest):
-        lines += [f"**{shape.__name__}**: {(shape.__doc__ or '').strip()}", ""]
+    for name, shape in vars(api).items():
+        if not (name.endswith("Request") and isinstance(shape, type) and issubclass(shape, msgspec.Struct)):
+            continue
+        lines += [f"**{name}**: {one_line(shape.__doc__)}", ""]
         rows = [
             (
                 f"`{field.name}`",
@@ -161,7 +183,7 @@ def request_block() -> list[str]:
             )
             for field in msgspec.structs.fields(shape)
         ]
-        lines += [*table(("field", "default"), rows), ""]
+        lines += [*table(("field", "default"), rows), ""] if rows else ["No fields.", ""]
     return lines
 
 
