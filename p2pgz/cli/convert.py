@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,8 @@ def _convert_file(
     source_path, target_path = absolute(source.removeprefix("file:")), absolute(target.removeprefix("file:"))
     if not source_path.is_file():
         raise ImageNotFound(f"{source_path}: no such file")
+    # SIGTERM as Ctrl-C: by an exception, so that nothing half-written stays
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _bars(settings) as bars:
         bar = bars(source_path.name, source_path.stat().st_size)
         written = convert_file(source_path, target_path, options, progress=lambda done: bar(done, "convert"))
@@ -198,7 +201,37 @@ def _convert_image(
                         report=report,
                     )
 
-    return trio.run(run)
+    return trio.run(_until_signal, run)
+
+
+async def _until_signal(run: Callable[[], Awaitable[ConvertedImage]]) -> ConvertedImage:
+    """Run to the end, or cancel at SIGINT and SIGTERM: trio's own KeyboardInterrupt waits for the layer in hand."""
+    import trio
+
+    made: list[ConvertedImage] = []
+    failed: list[Exception] = []
+    caught: list[int] = []
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                async for number in signals:
+                    caught.append(number)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                made.append(await run())
+            except Exception as error:  # noqa: BLE001  # raised below, outside of the nursery's group
+                failed.append(error)
+            nursery.cancel_scope.cancel()
+    if caught and not made:
+        if caught[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + caught[0])
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
 @contextmanager

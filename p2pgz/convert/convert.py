@@ -248,7 +248,15 @@ class _Job:
         key = (layer.digest, docker)
         made = self.layers.get(key)
         if made is None:
-            made = self.layers[key] = await self._convert(layer, docker=docker)
+            try:
+                made = await self._convert(layer, docker=docker)
+            except OSError as error:
+                folder = self._scratch or tempfile.gettempdir()
+                raise SourceUnavailable(
+                    f"layer {layer.digest}: scratch files in {folder}: {error.strerror}",
+                    hint="a layer and what becomes of it have to fit there; TMPDIR chooses another folder",
+                ) from error
+            self.layers[key] = made
         return made
 
     async def _convert(self, layer: Descriptor, *, docker: bool) -> LayerReport:
