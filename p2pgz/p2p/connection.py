@@ -69,7 +69,6 @@ SEND_SECONDS: Final = 10.0
 WINDOW_BYTES: Final = 16 << 20
 # answers that wait because the peer does not read: then it is gone
 UNSENT_MAX_BYTES: Final = 4 << 20
-RECEIVE_BYTES: Final = 64 << 10
 DOCUMENTS_AT_ONCE: Final = 4
 # optional frames we do not understand; a later version sends some, not thousands
 SKIPPED_MAX: Final = 10_000
@@ -157,7 +156,7 @@ class Connection:
                 self.error = SourceUnavailable(f"peer {self.peer}: the connection was closed")
             self.downloads.wake_all()
             with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(self._stream)
+                await self._stream.aclose()
 
     async def _guarded(self, loop: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -203,7 +202,7 @@ class Connection:
             handlers[type(frame)](frame)
         stream, reader = self._stream, self._reader
         while True:
-            data = await stream.receive_some(RECEIVE_BYTES)
+            data = await stream.receive()
             if not data:
                 broken = reader.in_frame or self.downloads.waiting
                 raise SourceUnavailable(
@@ -308,8 +307,14 @@ class Connection:
 
     async def _send(self, data: bytes | memoryview) -> None:
         with trio.fail_after(SEND_SECONDS):
-            async with self._sending:
+            try:
+                self._sending.acquire_nowait()  # `async with` would give way first, though nobody holds it
+            except trio.WouldBlock:
+                await self._sending.acquire()
+            try:
                 await self._stream.send_all(data)
+            finally:
+                self._sending.release()
 
     # --- time
 

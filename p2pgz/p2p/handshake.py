@@ -33,9 +33,8 @@ from p2pgz.core.wire import FrameReader
 from p2pgz.errors import PeerFault, SourceUnavailable
 from p2pgz.p2p.certificate import certified_peer, verify_signature
 from p2pgz.p2p.identity import ALPN, Identity
+from p2pgz.p2p.tls import TlsStream
 
-ExchangeStream = trio.SSLStream[trio.SocketStream]
-_RECEIVE_BYTES = 16 << 10  # one TLS record
 # how long a refusal may take to leave; the peer may not be reading
 _GOODBYE_SECONDS = 1.0
 
@@ -74,7 +73,7 @@ class Credentials:
 class Handshaken:
     """A connection with a proven, admitted peer. `frames` came right behind its HELLO."""
 
-    stream: ExchangeStream
+    stream: TlsStream
     peer: PeerId
     agreement: Agreement
     reader: FrameReader
@@ -83,7 +82,7 @@ class Handshaken:
 
 async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken:
     """The accepting end; raises PeerFault and its kin. Does not close the stream when it fails."""
-    stream = trio.SSLStream(raw, credentials.accepting, server_side=True, https_compatible=True)
+    stream = TlsStream(raw, credentials.accepting, accepting=True)
     await _tls(stream)
     ours = credentials.hello(secrets.token_bytes(NONCE_BYTES))
     await stream.send_all(encode(ours))
@@ -108,10 +107,10 @@ async def dial(
     raw: trio.SocketStream, credentials: Credentials, *, expected: PeerId | None = None
 ) -> Handshaken:
     """The dialling end. With `expected`, any other peer is refused before it learns anything of us."""
-    stream = trio.SSLStream(raw, credentials.dialling, https_compatible=True)
+    stream = TlsStream(raw, credentials.dialling, accepting=False)
     await _tls(stream)
-    certificate = stream.getpeercert(binary_form=True)
-    if not isinstance(certificate, bytes):
+    certificate = stream.certificate
+    if certificate is None:
         raise PeerFault("the peer showed no certificate")
     proven = certified_peer(certificate)
     if expected is not None and proven != expected:
@@ -135,19 +134,19 @@ async def dial(
     return Handshaken(stream=stream, peer=proven, agreement=agreement, reader=reader, frames=frames)
 
 
-async def _tls(stream: ExchangeStream) -> None:
+async def _tls(stream: TlsStream) -> None:
     try:
         await stream.do_handshake()
     except trio.BrokenResourceError as error:
-        raise SourceUnavailable(f"TLS handshake failed: {error.__cause__ or error}") from error
-    if stream.selected_alpn_protocol() != ALPN:
+        raise SourceUnavailable(f"TLS handshake failed: {error}") from error
+    if stream.protocol != ALPN:
         raise PeerFault(f"the other end does not speak {ALPN}", hint="is this the port of a p2pgz node?")
 
 
-async def _receive_hello(stream: ExchangeStream, reader: FrameReader) -> tuple[Hello, list[Frame]]:
+async def _receive_hello(stream: TlsStream, reader: FrameReader) -> tuple[Hello, list[Frame]]:
     while True:
         try:
-            data = await stream.receive_some(_RECEIVE_BYTES)
+            data = await stream.receive()
         except trio.BrokenResourceError as error:
             raise SourceUnavailable("the connection broke before the peer said hello") from error
         if not data:
@@ -162,7 +161,7 @@ async def _receive_hello(stream: ExchangeStream, reader: FrameReader) -> tuple[H
         return first, rest
 
 
-async def say_goodbye(stream: ExchangeStream, reason: GoodbyeReason, text: str = "") -> None:
+async def say_goodbye(stream: TlsStream, reason: GoodbyeReason, text: str = "") -> None:
     """Tell the peer why; it need not be listening."""
     with (
         trio.move_on_after(_GOODBYE_SECONDS),

@@ -162,8 +162,14 @@ class Uploads:
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold one of the slots; first come, first served, so that connections take turns."""
-        async with self._slots:
+        try:
+            self._slots.acquire_nowait()  # `async with` would give way first, though a slot is free
+        except trio.WouldBlock:
+            await self._slots.acquire()
+        try:
             yield
+        finally:
+            self._slots.release()
 
     async def pace(self, count: int) -> None:
         """Wait until `count` more bytes are within the rate."""
