@@ -78,6 +78,10 @@ class MountConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """honour device nodes (root only)"""
     context: str = ""
     """SELinux context of all files of a mount"""
+    resend: bool = True
+    """readers survive a killed file system process (Linux 6.9.4 and later); false: an error, and a new mount"""
+    abandon_seconds: Annotated[float, msgspec.Meta(ge=1)] = 60.0
+    """how long readers wait for a missing file system process before the mount is given up and they get an error"""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,6 +91,13 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """a node that a command started for itself ends this long after its last mount"""
     drain_seconds: Seconds = 10.0
     """how long SIGTERM waits for work in flight"""
+
+
+class MountAtStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An image that is mounted whenever the node runs."""
+
+    reference: str
+    directory: str
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +110,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fetch: FetchConfig = FetchConfig()
     mount: MountConfig = MountConfig()
     node: NodeConfig = NodeConfig()
+    mounts: list[MountAtStart] = []
+    """images to mount when the node starts: `[[mounts]]` with `reference` and `directory`"""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -215,7 +228,9 @@ def dump_default() -> str:
             lines += [f"# {doc}"] if doc else []
             lines.append(f"{key.name} = {_toml(getattr(table, key.name))}")
         lines.append("")
-    return "\n".join(lines)
+    lines += ["# Images to mount whenever the node starts, as often as needed:", "# [[mounts]]"]
+    lines += [f'# {key.name} = ""' for key in msgspec.structs.fields(MountAtStart)]
+    return "\n".join([*lines, ""])
 
 
 def _field_docs(struct: type[msgspec.Struct]) -> list[str]:

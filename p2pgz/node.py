@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 import trio
 
@@ -22,24 +23,27 @@ from p2pgz import __version__
 from p2pgz.config import Config
 from p2pgz.core.digest import Digest
 from p2pgz.core.platform import Platform
-from p2pgz.core.reference import Reference, parse_reference
-from p2pgz.errors import ConfigError, ImageNotFound, UsageError
+from p2pgz.core.reference import parse_reference
+from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
 from p2pgz.image.open import ImageOpener, OpenImage
 from p2pgz.image.verify import verify_image
-from p2pgz.mount.mounts import MountOptions, Mounts
+from p2pgz.mount.held import HolderClient
+from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
+from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
+from p2pgz.pool.catalog import MountRecord, TagRecord
 from p2pgz.pool.pool import Pool
-from p2pgz.registry import RegistryOptions, open_source
-from p2pgz.registry.layout import LayoutSource
-from p2pgz.registry.source import RegistrySource
+from p2pgz.registry.lazy import LazySource
+from p2pgz.registry.sources import Sources
 from p2pgz.web import unix
 from p2pgz.web.api import (
     GetRequest,
     MountRequest,
     Progress,
+    UpgradeRequest,
     VerifyRequest,
     WaitRequest,
     create_app,
@@ -51,6 +55,12 @@ log = structlog.get_logger(component="node")
 API_SOCKET = "api.sock"
 DESCRIPTOR_SOCKET = "fd.sock"
 Tell = Callable[[dict[str, object]], None]
+
+# Taking mounts over takes milliseconds; when it takes longer (a hung process), commands need not wait for it
+RECOVERY_WAIT_SECONDS = 3.0
+MOUNT_RETRY_START_SECONDS = 1.0
+MOUNT_RETRY_MAX_SECONDS = 60.0
+ANSWER_FIRST_SECONDS = 0.1
 
 
 class Node:
@@ -64,6 +74,7 @@ class Node:
         opener: ImageOpener,
         mounts: Mounts,
         sources: Sources,
+        nursery: trio.Nursery,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -71,11 +82,14 @@ class Node:
         self._opener = opener
         self.mounts = mounts
         self._sources = sources
+        self._nursery = nursery
         self._platform = Platform.for_machine(os.uname().machine)
         self._started = time.monotonic()
         self.busy = 0
         """requests in progress that keep an ephemeral node alive"""
         self.last_use = trio.current_time()
+        self.restart = trio.Event()
+        """set when this node is to go on as the version that is installed now"""
 
     def status(self) -> dict[str, Any]:
         """The document of `p2pgz status --json` (docs/reference/control-api.md); fields may be added, never renamed."""
@@ -116,15 +130,11 @@ class Node:
             raise UsageError("--mode erofs is not available", hint="use --mode auto or --mode tree")
         async with self._in_use():
             image = await self._open(request, progress)
-            defaults = self._config.mount
-            options = MountOptions(
-                directory=request.directory,
-                suid=request.suid or defaults.suid,
-                dev=request.dev or defaults.dev,
-                context=request.context or defaults.context,
-                fill=self._config.fetch.fill if request.fill is None else request.fill,
+            await self._pool.catalog.set_tag(
+                TagRecord(reference=image.reference, digest=image.digest, resolved=time.time())
             )
-            mounted = await self.mounts.mount(image, options)
+            options = self._options(request)
+            mounted = await self.mounts.mount(image, options, _kept(request))
             return {
                 "id": mounted.id,
                 "token": mounted.token,
@@ -135,6 +145,84 @@ class Node:
                 "bytes": image.tree.total_bytes,
                 "warnings": image.warnings,
             }
+
+    def _options(self, request: MountRequest) -> MountOptions:
+        defaults = self._config.mount
+        return MountOptions(
+            directory=request.directory,
+            suid=request.suid or defaults.suid,
+            dev=request.dev or defaults.dev,
+            context=request.context or defaults.context,
+            fill=self._config.fetch.fill if request.fill is None else request.fill,
+            persist=request.persist,
+        )
+
+    async def recover(self, nursery: trio.Nursery, *, replace_all: bool) -> None:
+        """Take over the mounts of the node before this one, then mount what should be mounted and is not."""
+        again = await self.mounts.recover(self._open_known)
+        await self.mounts.replace_all(only_other_versions=not replace_all)
+        for record, document in again:
+            request = _request(document)
+            nursery.start_soon(self._mount_here, request, document.options, record)
+        for wanted in self._config.mounts:
+            if any(record.directory == wanted.directory for record, _ in again):
+                continue
+            request = MountRequest(reference=wanted.reference, directory=wanted.directory)
+            nursery.start_soon(self._mount_here, request, self._options(request), None)
+
+    async def _mount_here(
+        self, request: MountRequest, options: MountOptions, record: MountRecord | None
+    ) -> None:
+        """Mount in this process's namespace; again and again until it succeeds. Asks nobody when the image is known here."""
+        delay = MOUNT_RETRY_START_SECONDS
+        reference = parse_reference(request.reference)
+        while not self.mounts.has(options.directory):
+            try:
+                tag = self._pool.catalog.tag(str(reference))
+                digest = record.manifest if record is not None else tag.digest if tag is not None else None
+                image = await self._known_or_open(digest, request)
+                replaces = record.id if record is not None else ""
+                await self.mounts.mount(image, options, _kept(request), here=True, replaces=replaces)
+                log.info("mount.made_at_start", reference=str(reference), directory=options.directory)
+            except (P2pgzError, OSError) as error:
+                log.warning("mount.not_yet", reference=str(reference), reason=str(error), again_seconds=delay)
+                await trio.sleep(delay)
+                delay = min(delay * 2, MOUNT_RETRY_MAX_SECONDS)
+
+    async def _known_or_open(self, digest: Digest | None, request: MountRequest) -> OpenImage:
+        if digest is not None:
+            try:
+                return await self._known(digest, request)
+            except P2pgzError as error:
+                log.info("image.not_known", reference=request.reference, reason=str(error))
+        return await self._open(request, _silent)
+
+    async def _open_known(self, record: MountRecord, document: MountDocument) -> OpenImage:
+        request = _request(document)
+        return await self._known(record.manifest, request)
+
+    async def _known(self, digest: Digest, request: MountRequest) -> OpenImage:
+        reference = parse_reference(request.reference)
+        return await self._opener.open_known(
+            digest,
+            reference,
+            LazySource(reference.name, lambda: self._sources.get(reference, request)),
+            allow_unverified_toc=request.allow_unverified_toc,
+        )
+
+    async def upgrade(self, request: UpgradeRequest, progress: Progress) -> dict[str, Any]:
+        """Answer, then end this program and start the one that is installed now in its place."""
+        await progress({"event": "progress", "text": "restarting"})
+        self._nursery.start_soon(self._restart_soon)
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "uptime_seconds": time.monotonic() - self._started,
+        }
+
+    async def _restart_soon(self) -> None:
+        await trio.sleep(ANSWER_FIRST_SECONDS)
+        self.restart.set()
 
     async def hand_over(self, stream: trio.SocketStream) -> None:
         """Give the descriptor of a new mount to the command that names its token."""
@@ -192,6 +280,7 @@ class Node:
             platform=Platform.parse(request.platform) if request.platform else self._platform,
             allow_unverified_toc=request.allow_unverified_toc,
             progress=progress,
+            insist_on_platform=bool(request.platform),
         )
 
     @asynccontextmanager
@@ -214,40 +303,19 @@ class Node:
             await trio.sleep(min(left, 0.5) if self.mounts.count or self.busy else left)
 
 
-class Sources:
-    """The open registry clients: one for each way to a repository, kept for its connections and tokens."""
+def _request(document: MountDocument) -> MountRequest:
+    """The request that a recorded mount was made with."""
+    try:
+        return msgspec.convert({**document.request, "reference": document.reference}, MountRequest)
+    except msgspec.ValidationError:  # another version's: what matters is the reference
+        return MountRequest(reference=document.reference)
 
-    def __init__(self, config: Config, stack: AsyncExitStack) -> None:
-        self._config = config
-        self._stack = stack
-        self._open: dict[tuple[object, ...], RegistrySource | LayoutSource] = {}
 
-    async def get(self, reference: Reference, request: MountRequest) -> RegistrySource | LayoutSource:
-        """A source for the reference as the request wants to reach it."""
-        registry = self._config.registry
-        options = RegistryOptions(
-            plain_http=request.plain_http or reference.host in registry.plain_http,
-            ca_file=request.ca_file or registry.ca_file,
-            hosts_dir=request.hosts_dir or registry.hosts_dir,
-            docker_config=registry.docker_config,
-            user=request.user or None,
-        )
-        # an archive that was replaced is another one; images of the old one keep reading from the old file
-        version = Path(reference.path).stat().st_mtime_ns if Path(reference.path).is_file() else 0
-        key = (reference.transport, reference.host, reference.repository, reference.path, version, options)
-        source = self._open.get(key)
-        if source is None:
-            source = await self._stack.enter_async_context(open_source(reference, options))
-            self._open[key] = source
-        return source
-
-    def totals(self) -> dict[str, int]:
-        """Requests and received bytes of all registries."""
-        stats = [source.stats for source in self._open.values() if isinstance(source, RegistrySource)]
-        return {
-            "requests": sum(s.requests for s in stats),
-            "wire_bytes": sum(s.received_bytes for s in stats),
-        }
+def _kept(request: MountRequest) -> dict[str, Any]:
+    """What of a request is written down: how to reach the source, never credentials."""
+    document: dict[str, Any] = msgspec.to_builtins(request)
+    names = ("plain_http", "platform", "ca_file", "hosts_dir", "allow_unverified_toc")
+    return {name: document[name] for name in names if document[name]}
 
 
 async def _silent(_: dict[str, Any]) -> None:
@@ -255,7 +323,9 @@ async def _silent(_: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def open_node(config: Config, state_path: Path, run_path: Path) -> AsyncIterator[Node]:
+async def open_node(
+    config: Config, state_path: Path, run_path: Path, *, replace_fs: bool = False
+) -> AsyncIterator[Node]:
     """A node that answers on its sockets until the context ends; raises StateError when the state cannot be used."""
     prepare_directories(state_path, run_path)
     async with AsyncExitStack() as stack:
@@ -264,6 +334,9 @@ async def open_node(config: Config, state_path: Path, run_path: Path) -> AsyncIt
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
+        holder = await stack.enter_async_context(
+            HolderClient.open(run_path, abandon_seconds=config.mount.abandon_seconds)
+        )
         host = await stack.enter_async_context(FsHost.open(run_path))
         fetcher = ChunkFetcher(
             pool,
@@ -273,8 +346,25 @@ async def open_node(config: Config, state_path: Path, run_path: Path) -> AsyncIt
             read_deadline_seconds=config.fetch.read_deadline_seconds,
         )
         opener = ImageOpener(pool, fetcher, state_path)
-        mounts = Mounts(host, fetcher, nursery, config.fetch)
-        node = Node(config, pool, fetcher, opener, mounts, Sources(config, stack))
+        servers = Servers(
+            host,
+            holder,
+            fetcher,
+            read_deadline_seconds=config.fetch.read_deadline_seconds,
+            resend=config.mount.resend,
+        )
+        mounts = Mounts(servers, pool.catalog, fetcher, nursery, config.fetch, boot_id())
+        node = Node(config, pool, fetcher, opener, mounts, Sources(config.registry, stack), nursery)
+        await holder.take_from_systemd()
+        recovered = trio.Event()
+
+        async def recover() -> None:
+            await node.recover(nursery, replace_all=replace_fs)
+            recovered.set()
+
+        nursery.start_soon(recover)
+        with trio.move_on_after(RECOVERY_WAIT_SECONDS):
+            await recovered.wait()
         api, descriptors = unix.listen(run_path / API_SOCKET), unix.listen(run_path / DESCRIPTOR_SOCKET)
         await nursery.start(unix.serve, api, handler(create_app(node)))
         await nursery.start(unix.serve, descriptors, node.hand_over)
@@ -299,9 +389,12 @@ def prepare_directories(state_path: Path, run_path: Path) -> None:
             ) from error
 
 
-async def run_node(config: Config, state_path: Path, run_path: Path, ephemeral: bool, tell: Tell) -> None:
-    """Run until SIGTERM or SIGINT, or, when ephemeral, until nothing is mounted any more. A second signal ends at once."""
-    async with open_node(config, state_path, run_path) as node:
+async def run_node(
+    config: Config, state_path: Path, run_path: Path, ephemeral: bool, replace_fs: bool, tell: Tell
+) -> bool:
+    """Run until SIGTERM or SIGINT, or, when ephemeral, until nothing is mounted any more. A second signal ends at once.
+    Mounts live on. True: the caller is to start the version that is installed now, with `replace_fs`."""
+    async with open_node(config, state_path, run_path, replace_fs=replace_fs) as node:
         tell({"event": "ready", "pid": os.getpid()})
         async with trio.open_nursery() as nursery:
             if ephemeral:
@@ -312,6 +405,13 @@ async def run_node(config: Config, state_path: Path, run_path: Path, ephemeral: 
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(end_when_idle)
+
+            async def end_to_restart() -> None:
+                await node.restart.wait()
+                log.info("node.restarting")
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(end_to_restart)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for number in signals:
                     log.info("node.stopping", signal=signal.Signals(number).name)
@@ -319,3 +419,4 @@ async def run_node(config: Config, state_path: Path, run_path: Path, ephemeral: 
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             nursery.cancel_scope.cancel()
+        return node.restart.is_set()

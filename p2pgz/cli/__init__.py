@@ -29,6 +29,7 @@ COMMANDS = {
     "pool": ("status", "Show and keep this host's chunk pool."),
     "config": ("config", "Show, check or print the configuration."),
     "node": ("node", "Run the node daemon."),
+    "upgrade": ("upgrade", "Go on as the installed version, keeping all mounts."),
     "demo": ("demo", "Show on this machine what p2pgz does."),
 }
 

@@ -35,6 +35,7 @@ from p2pgz.errors import P2pgzError
 @click.option("--suid", is_flag=True, help="Honour setuid bits and file capabilities (root).")
 @click.option("--dev", is_flag=True, help="Honour device nodes (root).")
 @click.option("--context", default="", metavar="LABEL", help="SELinux context of all files.")
+@click.option("--persist", is_flag=True, help="Mount it again after a reboot.")
 @click.option("--foreground", is_flag=True, help="Stay until the mount ends; unmount on Ctrl-C.")
 @registry_options
 @unverified_option
@@ -49,9 +50,12 @@ def mount(
     Returns once the mount is usable. `umount DIR` ends it.
     """
     from p2pgz.mount.attach import attach
-    from p2pgz.mount.umount import check_mount_point, unmount
+    from p2pgz.mount.umount import FS_TYPE, check_mount_point, clear_dead_mount, top_mount, unmount
 
     target = absolute(directory)
+    there = top_mount(target)
+    if there is not None and there.fs_type == FS_TYPE and not clear_dead_mount(target):
+        running_node(settings)  # it may only wait for a node that takes it over
     check_mount_point(target)
     client = running_node(settings)
     request = image_request(reference, {**options, "directory": str(target)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import click
 
@@ -14,8 +15,9 @@ from p2pgz.errors import P2pgzError
 @click.command()
 @click.option("--ephemeral", is_flag=True, help="End after the last mount (what `p2pgz mount` starts).")
 @click.option("--ready-fd", type=int, hidden=True, help="Write one line here once the node answers.")
+@click.option("--replace-fs", is_flag=True, hidden=True, help="Exchange all file system processes.")
 @click.pass_obj
-def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
+def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None, replace_fs: bool) -> None:
     """Run the node in the foreground. SIGTERM ends it; mounts go on with the bytes that are here."""
     import gc
 
@@ -36,12 +38,13 @@ def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
         # looks at all of them again and again (0.09 of 0.52 s for 50 000 entries), on the event loop
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)
-        trio.run(
+        restart = trio.run(
             daemon.run_node,
             loaded.config,
             settings.state_path,
             settings.run_path,
             ephemeral,
+            replace_fs,
             tell,
             restrict_keyboard_interrupt_to_checkpoints=True,
         )
@@ -50,3 +53,20 @@ def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None) -> None:
 
         tell(error_event(error))
         raise
+    if restart:
+        # same process id, for whoever watches over it; the ready pipe was for the first start
+        os.execv(  # noqa: S606  # our own interpreter and our own arguments
+            sys.executable, [sys.executable, *_restart_arguments(sys.orig_argv[1:])]
+        )
+
+
+def _restart_arguments(arguments: list[str]) -> list[str]:
+    """The command line again, without what belonged to that start only."""
+    kept = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--ready-fd":
+            next(words, None)
+        elif word != "--replace-fs" and not word.startswith("--ready-fd="):
+            kept.append(word)
+    return [*kept, "--replace-fs"]

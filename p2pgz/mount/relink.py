@@ -113,6 +113,12 @@ async def _greet(connection: socket.socket, options: SessionOptions) -> list[Pre
     return fresh
 
 
+def peer_pid(connection: socket.socket) -> int:
+    """Who listens at the other end."""
+    pid, _, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return int(pid)
+
+
 async def receive(channel: trio.socket.SocketType) -> tuple[setup.Message, list[int]]:
     """The next message and the descriptors that came along; raises StateError at the end or for a stranger's bytes."""
     datagram, fds = await receive_raw(channel)

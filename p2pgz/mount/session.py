@@ -377,6 +377,7 @@ class FsHost:
         as this node has them (same order); after that `ensure` hears every request that is without an answer."""
         connection, options = await relink.connect(socket_path, adopt)
         session = FsSession(connection, options, ensure, observe)
+        session.pid = relink.peer_pid(connection)
         self._nursery.start_soon(self._live, session)
         return session
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 FUSERMOUNT_SECONDS: Final = 30.0
 HOLDERS_SHOWN: Final = 5
+PROBE_SECONDS: Final = 2.0  # a mount that is served answers in microseconds
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -78,6 +80,12 @@ def find_mounts() -> list[MountPoint]:
 def is_ours(mount: MountPoint) -> bool:
     """Whether p2pgz made it, in either mode."""
     return mount.fs_type == FS_TYPE or (mount.fs_type == EROFS_TYPE and mount.source.endswith(EROFS_SUFFIX))
+
+
+def top_mount(directory: str | Path) -> MountPoint | None:
+    """What is mounted at a directory in this mount namespace, whoever's it is."""
+    target = resolve_parent(directory)
+    return next((mount for mount in reversed(_mountinfo()) if mount.directory == target), None)
 
 
 def check_mount_point(directory: str | Path) -> None:
@@ -159,12 +167,39 @@ def _unmount(target: str, *, lazy: bool) -> None:
         raise OSError(errno.EBUSY if "busy" in said else errno.EPERM, said or "fusermount3 failed")
 
 
-def _is_dead(target: str) -> bool:
+def clear_dead_mount(directory: str | Path) -> bool:
+    """Detach a mount of ours that nobody serves any more; whether there was one. A mount that waits for a process is not
+    dead: it is left alone."""
+    target = resolve_parent(directory)
+    there = top_mount(directory)
+    if there is None or there.fs_type != FS_TYPE:
+        return False
+    if not _is_dead(target):
+        return False
     try:
-        os.stat(target)  # noqa: PTH116
+        _unmount(target, lazy=True)
     except OSError as error:
-        return error.errno in {errno.ENOTCONN, errno.ECONNABORTED}
-    return False
+        raise MountUnavailable(
+            f"{directory}: the mount there is dead and cannot be detached: {error.strerror}",
+            hint=f"`umount -l {directory}` as root",
+        ) from error
+    return True
+
+
+def _is_dead(target: str) -> bool:
+    codes: list[int | None] = []
+
+    def probe() -> None:
+        try:
+            os.statvfs(target)  # never answered from a cache, as stat is
+        except OSError as error:
+            codes.append(error.errno)
+
+    # a mount whose process is missing makes its callers wait: this thread is then left behind, and ends with the mount or us
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(codes) and codes[0] in {errno.ENOTCONN, errno.ECONNABORTED}
 
 
 def _holders(target: str) -> Iterator[str]:

@@ -58,12 +58,17 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     context: str = ""
     path: str = ""
     recursive: bool = False
+    persist: bool = False
 
 
 class WaitRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Wait for the end of a mount."""
 
     id: str
+
+
+class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Go on as the version that is installed now."""
 
 
 class GetRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +91,8 @@ class Control(Protocol):
     async def mount(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
 
     async def wait_mount(self, request: WaitRequest, progress: Progress) -> dict[str, Any]: ...
+
+    async def upgrade(self, request: UpgradeRequest, progress: Progress) -> dict[str, Any]: ...
 
     async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
 
@@ -114,6 +121,7 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/status", lambda _: JSONResponse(control.status())),
             Route("/v1/mounts", partial(_events, control.mount, MountRequest), methods=["POST"]),
             Route("/v1/mounts/wait", partial(_events, control.wait_mount, WaitRequest), methods=["POST"]),
+            Route("/v1/upgrade", partial(_events, control.upgrade, UpgradeRequest), methods=["POST"]),
             Route("/v1/files", partial(_events, control.list_files, MountRequest), methods=["POST"]),
             Route("/v1/verify", partial(_events, control.verify, VerifyRequest), methods=["POST"]),
             Route("/v1/content", partial(_bytes, control.read_file, MountRequest), methods=["POST"]),

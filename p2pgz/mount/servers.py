@@ -1,0 +1,186 @@
+"""Gives each mount an `fs` process, and another one when that dies, hangs or is replaced. Called by `mounts`.
+
+What a reader sees is decided here: as long as the holder has the mount's descriptor, a dead process costs a wait. Only when
+the holder lost it too, or the kernel cannot send requests again, readers get an error, and the mount is made anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from p2pgz.core.schedule import Priority
+from p2pgz.errors import MountUnavailable, P2pgzError, ResendUnavailable, StateError
+from p2pgz.fetch.service import ChunkFetcher
+from p2pgz.image.open import OpenImage
+from p2pgz.mount.attach import move_mount
+from p2pgz.mount.held import HolderClient
+from p2pgz.mount.kernel import no_resend
+from p2pgz.mount.records import MountOptions
+from p2pgz.mount.session import Ensure, FsHost, FsSession, SegmentFiles, SessionOptions
+from p2pgz.mount.umount import check_mount_point, clear_dead_mount
+
+log = structlog.get_logger(component="mount")
+
+DRAIN_SECONDS: Final = 5.0
+RETRY_START_SECONDS: Final = 0.1
+RETRY_MAX_SECONDS: Final = 5.0  # the holder gives the mount up after a minute without success
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """One mount from the point of view of its processes."""
+
+    id: str
+    image: OpenImage
+    options: MountOptions
+
+
+class Servers:
+    """Starts and restarts `fs` processes. `resend` false: never rely on the kernel's sending requests again."""
+
+    def __init__(
+        self,
+        host: FsHost,
+        holder: HolderClient,
+        fetcher: ChunkFetcher,
+        *,
+        read_deadline_seconds: float,
+        resend: bool,
+    ) -> None:
+        self._host = host
+        self._holder = holder
+        self._fetcher = fetcher
+        self._read_deadline_seconds = read_deadline_seconds
+        self._resend = resend
+
+    async def start(self, served: Served, *, resume: bool = False, resend: bool = True) -> FsSession:
+        """A process for a new mount, or with `resume` for one that the holder keeps."""
+        await self._holder.ensure()
+        if resume and resend and not self._resend:
+            raise no_resend()
+        options = SessionOptions(
+            tree_path=served.image.tree_path,
+            segments=segment_files(served.image),
+            source_name=served.image.reference,
+            directory=served.options.directory,
+            suid=served.options.suid,
+            dev=served.options.dev,
+            context=served.options.context,
+            read_deadline_seconds=self._read_deadline_seconds,
+            holder_path=self._holder.path,
+            hold_id=served.id,
+            resume=resume,
+            resend=resend,
+        )
+        return await self._host.start_session(options, self._ensure(served.image))
+
+    async def reattach(self, served: Served, socket_path: Path) -> FsSession:
+        """Take over a process of an earlier node; raises MountUnavailable when it cannot go on."""
+        await self._holder.ensure()
+        files = segment_files(served.image)
+
+        async def adopt(options: SessionOptions) -> Sequence[SegmentFiles]:
+            await trio.lowlevel.checkpoint()
+            if [str(f.table_path) for f in files] != [str(f.table_path) for f in options.segments]:
+                raise StateError("it serves another version of the image's tree")
+            return files
+
+        return await self._host.reattach(socket_path, adopt, self._ensure(served.image))
+
+    async def revive(self, served: Served) -> FsSession | None:
+        """Another process for a mount whose own is dead or does not answer; None when the mount has ended or is lost."""
+        delay = RETRY_START_SECONDS
+        while True:
+            try:
+                await self._holder.ensure()
+                if served.id not in await self._holder.held():
+                    return None
+                await self._holder.kill(served.id)
+                session = await self.start(served, resume=True)
+            except ResendUnavailable as error:
+                log.error("mount.cannot_resume", directory=served.options.directory, reason=str(error))
+                return await self._mount_again(served)
+            except P2pgzError as error:
+                log.error("fs.restart_failed", directory=served.options.directory, reason=str(error))
+            else:
+                return session
+            await trio.sleep(delay)
+            delay = min(delay * 2, RETRY_MAX_SECONDS)
+
+    async def replace(self, served: Served, old: FsSession) -> FsSession:
+        """A new process for a mount whose process is well: it is left to answer what it has read of the kernel."""
+        with trio.move_on_after(DRAIN_SECONDS) as waiting:
+            await old.drain()
+        if waiting.cancelled_caught:
+            await self._holder.kill(served.id)
+        session = await self.start(served, resume=True, resend=waiting.cancelled_caught)
+        log.info("fs.replaced", directory=served.options.directory, pid=session.pid)
+        return session
+
+    async def _mount_again(self, served: Served) -> FsSession | None:
+        """End the mount, so that its readers get an error and not silence, and put a new one in its place."""
+        try:
+            await self._holder.abort(served.id)
+            return await self.mount_here(served)
+        except P2pgzError as error:
+            log.error("mount.lost", directory=served.options.directory, reason=str(error))
+            return None
+
+    async def mount_here(self, served: Served) -> FsSession:
+        """Mount in the node's own mount namespace, in place of what a dead mount left there."""
+        directory = served.options.directory
+        await trio.to_thread.run_sync(_prepare_mount_point, directory, abandon_on_cancel=True)
+        session = await self.start(served)
+        if session.mount_fd >= 0:
+            descriptor = session.take_mount_fd()
+            try:
+                await trio.to_thread.run_sync(move_mount, descriptor, directory)
+            finally:
+                os.close(descriptor)
+        return session
+
+    def _ensure(self, image: OpenImage) -> Ensure:
+        async def ensure(segment_index: int, first: int, count: int, priority: int) -> None:
+            await self._fetcher.ensure(image.segments[segment_index], first, count, Priority(priority))
+
+        return ensure
+
+    def orphans(self) -> list[Path]:
+        """Sockets of processes that an earlier node left."""
+        return self._host.orphans()
+
+    async def held(self) -> set[str]:
+        """Ids of the mounts that the holder keeps; empty when it does not answer."""
+        with suppress(MountUnavailable):
+            return set(await self._holder.held())
+        return set()
+
+
+def _prepare_mount_point(directory: str) -> None:
+    clear_dead_mount(directory)
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MountUnavailable(f"{directory}: {error.strerror}") from error
+    check_mount_point(directory)
+
+
+def segment_files(image: OpenImage) -> list[SegmentFiles]:
+    """What an `fs` needs of the segments of an image, in the order of its tree."""
+    return [
+        SegmentFiles(
+            table_path=segment.table_path,
+            data_path=segment.path,
+            presence_fd=segment.presence.fd,
+            presence_count=segment.presence.count,
+        )
+        for segment in image.segments
+    ]

@@ -1,0 +1,227 @@
+"""A real node in processes of its own, an eStargz image in a registry of this process, and files whose hashes are known."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from p2pgz.core.media import OCI_CONFIG, OCI_LAYER_TAR, OCI_MANIFEST, REF_NAME_ANNOTATION
+from p2pgz.mount.umount import find_mounts, unmount
+from tests.e2e.restart.ask_holder import ask
+
+P2PGZ = [sys.executable, "-m", "p2pgz"]
+COMMAND_SECONDS = 60
+FRESH_SHARE = 0.1
+FILES = 48
+FILE_BYTES = 512 << 10
+ENDS_WITHIN_SECONDS = 8.0
+
+
+def write_plain_layout(folder: Path, contents: dict[str, bytes]) -> None:
+    """An OCI layout with one plain layer of these files, tagged `t`."""
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+
+    def store(data: bytes, media_type: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o644
+            tar.addfile(info, io.BytesIO(data))
+    layer = store(buffer.getvalue(), OCI_LAYER_TAR)
+    config = {
+        "os": "linux",
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine),
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+        "config": {},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": store(json.dumps(config).encode(), OCI_CONFIG),
+        "layers": [layer],
+    }
+    described = {
+        **store(json.dumps(manifest).encode(), OCI_MANIFEST),
+        "annotations": {REF_NAME_ANNOTATION: "t"},
+    }
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [described]}))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+def push_image(folder: Path, registry: str, seed: int, files: int = FILES) -> tuple[str, dict[str, str]]:
+    """A lazy image of random files in a registry: its reference, and the sha256 of each file."""
+    rng = random.Random(seed)
+    contents = {f"f{n:03}": rng.randbytes(FILE_BYTES + n * 1000) for n in range(files)}
+    write_plain_layout(folder, contents)
+    reference = f"{registry}/lab/restart:t{seed}"
+    run("convert", f"oci:{folder}:t", reference)
+    return reference, {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+
+
+def run(
+    *words: str | Path, check: bool = True, seconds: float = COMMAND_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """One command to its end."""
+    done = subprocess.run(
+        [*P2PGZ, *map(str, words)], capture_output=True, text=True, check=False, timeout=seconds, cwd="/"
+    )
+    if check and done.returncode:
+        raise AssertionError(f"p2pgz {' '.join(map(str, words))}: {done.returncode}\n{done.stderr}")
+    return done
+
+
+class LazyNode:
+    """A node on a state directory of its own. What the tests kill is found by its socket, never by name."""
+
+    def __init__(self, state: Path, *, environment: dict[str, str] | None = None) -> None:
+        self.state = state
+        self.environment = {**os.environ, "P2PGZ_POOL__CHECK_FILESYSTEM": "false", **(environment or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = state.with_suffix(".log")
+
+    def start(self) -> None:
+        ready_read, ready_write = os.pipe()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*P2PGZ, "--state-dir", str(self.state), "node", "--ready-fd", str(ready_write)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                pass_fds=[ready_write],
+                cwd="/",
+            )
+        os.close(ready_write)
+        with os.fdopen(ready_read) as ready:
+            line = ready.readline()
+        assert json.loads(line or "{}").get("event") == "ready", line + self.log.read_text()[-3000:]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(ENDS_WITHIN_SECONDS)
+
+    def call(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return run("--state-dir", self.state, *words, check=check)
+
+    def status(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.call("status", "--json").stdout)
+        return document
+
+    def mount_of(self, directory: Path) -> dict[str, Any]:
+        [found] = [mount for mount in self.status()["mounts"] if mount["dir"] == str(directory)]
+        return found
+
+    def holder_pid(self) -> int:
+        pid: int = ask(self.state / "holder.sock", {"op": "list"})["pid"]
+        return pid
+
+    def fs_pids(self) -> list[int]:
+        """The `fs` processes; none while there is no holder to ask."""
+        try:
+            return [entry["pid"] for entry in ask(self.state / "holder.sock", {"op": "list"})["mounts"]]
+        except OSError:
+            return []
+
+    def close(self) -> None:
+        """Unmount everything below the state directory's parent, and end what is left."""
+        for mount in find_mounts():
+            if mount.directory.startswith(f"{self.state.parent}/"):
+                with suppress(Exception):
+                    unmount(mount.directory, lazy=True)
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(ENDS_WITHIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        print(self.log.read_text()[-4000:])
+
+
+@contextmanager
+def state_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="p2pgz-restart-") as folder:
+        yield Path(folder)
+
+
+class Readers:
+    """Threads that hash files through the mount again and again, caches dropped; they note wrong bytes, errors and the
+    longest wait. A file that nobody has read comes first, so that missing chunks are always among what is read."""
+
+    def __init__(self, root: Path, hashes: dict[str, str], seed: int, count: int = 3) -> None:
+        self.root, self.hashes = root, hashes
+        self.faults: list[str] = []
+        self.reads = 0
+        self.longest_seconds = 0.0
+        self._fresh = list(hashes)
+        random.Random(seed).shuffle(self._fresh)
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._read, args=(random.Random(seed + n),), daemon=True)
+            for n in range(count)
+        ]
+
+    def __enter__(self) -> Readers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(70)
+            if thread.is_alive():
+                self.faults.append("a reader hangs")
+
+    def forget(self) -> float:
+        """Start a new measurement; returns the longest wait of the old one."""
+        longest, self.longest_seconds = self.longest_seconds, 0.0
+        return longest
+
+    def _read(self, rng: random.Random) -> None:
+        while not self._stop.is_set():
+            name = (
+                self._fresh.pop()
+                if self._fresh and rng.random() < FRESH_SHARE
+                else rng.choice(list(self.hashes))
+            )
+            try:
+                digest = hashlib.sha256()
+                begin = time.monotonic()
+                fd = os.open(self.root / name, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(
+                        fd, 0, 0, os.POSIX_FADV_DONTNEED
+                    )  # the page cache would hide what is tested
+                    while piece := os.read(fd, 128 << 10):
+                        digest.update(piece)
+                        self.longest_seconds = max(self.longest_seconds, time.monotonic() - begin)
+                        begin = time.monotonic()
+                finally:
+                    os.close(fd)
+                if digest.hexdigest() != self.hashes[name]:
+                    self.faults.append(f"{name}: wrong bytes")
+            except OSError as error:
+                self.faults.append(f"{name}: {error}")
+            self.reads += 1
