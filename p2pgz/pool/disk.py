@@ -116,7 +116,7 @@ def is_full(error: OSError) -> bool:
 def named(error: OSError, what: str) -> PoolFull | StateError:
     """The error of ours for one of the system's."""
     if is_full(error):
-        hint = "free some space, raise the quota or the file size limit, or run `p2pgz pool gc`"
+        hint = "free some space, or raise the disk quota or the limit on file sizes of the node"
         return PoolFull(f"{what}: {error.strerror}", hint=hint)
     return StateError(f"{what}: {error.strerror}", hint="see the kernel log; the disk may be failing")
 

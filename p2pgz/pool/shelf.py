@@ -113,7 +113,7 @@ class Shelf:
             if not segment.has_table(content):
                 raise StateError(
                     f"segment {table.id} exists with another table",
-                    hint="two documents claim the same digest; `p2pgz pool scrub` checks what is here",
+                    hint="two documents claim one digest; delete the one in the pool while no node runs, mount again",
                 )
             if starts and not segment.file_starts:
                 await self._learn_files(segment, starts)
@@ -263,7 +263,7 @@ class Shelf:
                 "pool.orphans",
                 files=len(orphans),
                 bytes=sum(orphans.values()),
-                effect="taken in again, and checked, when their images are mounted; `p2pgz pool gc` deletes them",
+                effect="taken in and checked when their images are mounted; else delete them while no node runs",
             )
 
     def orphans(self) -> dict[Path, int]:

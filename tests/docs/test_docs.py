@@ -159,6 +159,20 @@ def source_texts() -> list[str]:
     return texts
 
 
+def test_every_command_that_is_named_exists() -> None:
+    names = {name for name, _, _ in load_generator().commands()}
+    groups = {name for name, command, _ in load_generator().commands() if hasattr(command, "commands")}
+    pages = [path.read_text("utf-8") for path in PAGES if path.name != "CHANGELOG.md"]
+    wrong = set()
+    for text in [*source_texts(), *pages]:
+        for words in re.findall(r"`p2pgz ([a-z]+(?: [a-z]+)?)", text):
+            command, _, inner = words.partition(" ")
+            full = f"p2pgz {words}" if inner and f"p2pgz {command}" in groups else f"p2pgz {command}"
+            if full not in names:
+                wrong.add(full)
+    assert sorted(wrong) == []
+
+
 def test_troubleshooting_quotes_messages_that_exist() -> None:
     texts = [*source_texts(), "Object contains unknown field"]  # the second is msgspec's
     quoted = re.findall(r"^### `(.+)`$", (DOCS / "how-to" / "troubleshooting.md").read_text(), re.MULTILINE)
