@@ -35,7 +35,7 @@ from p2pgz.core.media import (
 from p2pgz.core.platform import Platform
 from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference
-from p2pgz.errors import ImageInvalid, ImageNotFound, PoolFull, SourceUnavailable, StateError
+from p2pgz.errors import ImageInvalid, ImageNotFound, IntegrityError, PoolFull, SourceUnavailable, StateError
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer, domain_of
@@ -57,6 +57,7 @@ OPEN_SECONDS: Final = 120.0
 # 2 us a key: a step of 4 ms
 LOOKUP_KEYS: Final = 2048
 TREES: Final = "trees"
+BROKEN_HINT: Final = "this copy is damaged or was built wrongly: get another one, or tell its publisher"
 
 
 class ImageRecord(msgspec.Struct, frozen=True):
@@ -115,18 +116,19 @@ class ImageOpener:
         insist_on_platform: bool = False,
     ) -> OpenImage:
         """Open an image by reference; raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable."""
-        try:
-            with trio.fail_after(OPEN_SECONDS):
-                manifest = await self._manifest(reference, source, platform)
-                if insist_on_platform:
-                    await self._check_platform(reference, source, manifest, platform)
-        except trio.TooSlowError:
-            raise SourceUnavailable(f"{source.name}: no answer within {OPEN_SECONDS:g} s") from None
-        lock = self._opening.setdefault(manifest.digest, trio.Lock())
-        async with lock:
-            image = await self._known(reference, source, manifest, allow_unverified_toc)
-            if image is None:
-                image = await self._unknown(reference, source, manifest, allow_unverified_toc, progress)
+        with _naming(reference):
+            try:
+                with trio.fail_after(OPEN_SECONDS):
+                    manifest = await self._manifest(reference, source, platform)
+                    if insist_on_platform:
+                        await self._check_platform(reference, source, manifest, platform)
+            except trio.TooSlowError:
+                raise SourceUnavailable(f"{source.name}: no answer within {OPEN_SECONDS:g} s") from None
+            lock = self._opening.setdefault(manifest.digest, trio.Lock())
+            async with lock:
+                image = await self._known(reference, source, manifest, allow_unverified_toc)
+                if image is None:
+                    image = await self._unknown(reference, source, manifest, allow_unverified_toc, progress)
         return image
 
     async def open_known(
@@ -411,6 +413,18 @@ def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
             return _first_error(error)
         return error
     return group
+
+
+@contextmanager
+def _naming(reference: Reference) -> Iterator[None]:
+    """Say of every broken image which one it is, and what to do about it."""
+    try:
+        yield
+    except IntegrityError as error:
+        if str(reference) not in error.what:
+            error.what = f"{reference}: {error.what}"
+        error.hint = error.hint or BROKEN_HINT
+        raise
 
 
 def _write_tree(path: Path, data: bytes) -> None:
