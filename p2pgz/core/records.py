@@ -15,7 +15,7 @@ from p2pgz.core.admission import PROOF_BYTES, PROOFS_MAX
 from p2pgz.core.digest import SHA256_BYTES
 from p2pgz.core.pointers import MAX_SHARE_POINTERS, POINTER_BYTES, Offer, Share, Verdict
 from p2pgz.core.providers import MAX_KEY_BYTES
-from p2pgz.errors import SourceUnavailable
+from p2pgz.errors import PeerFault
 
 PROTOCOL = "/p2pgz/records/1.0.0"
 MAX_MESSAGE_BYTES = 1 << 20
@@ -68,7 +68,7 @@ def encode_request(request: Request) -> bytes:
 
 
 def decode_request(message: bytes) -> Request:
-    """The request in some bytes; raises SourceUnavailable for anything else."""
+    """The request in some bytes; raises PeerFault for anything else."""
     if not message or len(message) > MAX_MESSAGE_BYTES:
         raise _malformed("empty, or too long")
     kind, body = message[0], message[1:]
@@ -92,7 +92,7 @@ def encode_reply(reply: Reply) -> bytes:
 
 
 def decode_reply(message: bytes) -> Reply:
-    """The reply in some bytes; raises SourceUnavailable for anything else."""
+    """The reply in some bytes; raises PeerFault for anything else."""
     if len(message) < _REPLY.size:
         raise _malformed(f"a reply of {len(message)} bytes")
     epoch, verdict, others = _REPLY.unpack_from(message)
@@ -133,8 +133,8 @@ def _keys(body: bytes) -> tuple[bytes, ...]:
     return tuple(keys)
 
 
-def _malformed(what: str) -> SourceUnavailable:
-    return SourceUnavailable(f"a peer's message of {PROTOCOL} is malformed: {what}")
+def _malformed(what: str) -> PeerFault:
+    return PeerFault(f"a peer's message of {PROTOCOL} is malformed: {what}")
 
 
 assert _OFFER_FIELDS.size == 2 * SHA256_BYTES + 5

@@ -135,7 +135,7 @@ class Announcer:
     # -- what peers ask
 
     def answer(self, sender: Contact, data: bytes) -> bytes:
-        """The answer to a message of the records protocol; raises SourceUnavailable for a malformed one."""
+        """The answer to a message of the records protocol; raises PeerFault for a malformed one."""
         now = self._now()
         store = self.kad.pointers
         verdict, others = Verdict.HAVE, 0

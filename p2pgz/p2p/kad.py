@@ -23,7 +23,7 @@ from p2pgz.core.keyspace import Contact, kad_key, shared_bits
 from p2pgz.core.lookup import WIDTH, Lookup
 from p2pgz.core.pointers import PointerStore
 from p2pgz.core.providers import ProviderStore
-from p2pgz.errors import P2pgzError, SourceUnavailable
+from p2pgz.errors import P2pgzError
 from p2pgz.p2p.kadmsg import KadMessage, Kind, decode, encode
 
 log = structlog.get_logger(component="dht")
@@ -108,7 +108,7 @@ class KadNode:
     # -- answering
 
     async def answer(self, sender: Contact, data: bytes) -> bytes | None:
-        """The answer to one message; None where there is none. Raises SourceUnavailable when the stream deserves a reset."""
+        """The answer to one message; None where there is none. Raises PeerFault when the stream deserves a reset."""
         request = decode(data)
         self.requests += 1
         if request.kind is Kind.ADD_PROVIDER:
@@ -250,7 +250,7 @@ class KadNode:
         try:
             with trio.fail_after(QUERY_SECONDS):
                 answer = decode(await self.network.ask(contact, self.protocol, encode(KadMessage(Kind.PING))))
-        except (SourceUnavailable, trio.TooSlowError):
+        except (P2pgzError, trio.TooSlowError):
             self.table.failed(contact.peer, self._now())
             return False
         self.met(contact)

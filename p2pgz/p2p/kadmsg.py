@@ -16,7 +16,7 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from p2pgz.core.keyspace import Contact
 from p2pgz.core.peerid import PEER_ID_MAX_BYTES
 from p2pgz.core.providers import MAX_KEY_BYTES
-from p2pgz.errors import SourceUnavailable
+from p2pgz.errors import PeerFault
 
 MAX_MESSAGE_BYTES = 1 << 20  # go-libp2p-kad-dht allows 4 MiB; 60 contacts with all their addresses take 30 KB
 MAX_CONTACTS = 64  # read of each list in a message; go-libp2p sends 20
@@ -57,9 +57,9 @@ def encode(message: KadMessage) -> bytes:
 
 
 def decode(data: bytes) -> KadMessage:
-    """The message in some bytes; raises SourceUnavailable. Contacts and addresses that break a limit are left out."""
+    """The message in some bytes; raises PeerFault. Contacts and addresses that break a limit are left out."""
     if len(data) > MAX_MESSAGE_BYTES:
-        raise SourceUnavailable(
+        raise PeerFault(
             f"a DHT message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}"
         )
     wire = Message()
@@ -67,11 +67,11 @@ def decode(data: bytes) -> KadMessage:
         wire.ParseFromString(data)
         kind = Kind(wire.type)
     except (DecodeError, ValueError) as error:
-        raise SourceUnavailable(
+        raise PeerFault(
             "a DHT message is malformed, or asks for what this DHT does not keep"
         ) from error
     if len(wire.key) > MAX_KEY_BYTES or (not wire.key and kind is not Kind.PING):
-        raise SourceUnavailable(f"a DHT message has a key of {len(wire.key)} bytes")
+        raise PeerFault(f"a DHT message has a key of {len(wire.key)} bytes")
     return KadMessage(
         kind=kind,
         key=wire.key,

@@ -1,0 +1,325 @@
+"""The libp2p host behind a small interface: connections, and one request and answer per stream.
+
+Used by `p2p.dht`. Keeps away from callers what py-libp2p 0.8.1 does wrong: work on streams runs in tasks of the host's own,
+so that a caller's cancellation never meets a half-written frame; every wait has a deadline; handlers are guarded, since the
+library lets one exception end the host; inbound connections are accepted by our own listener.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import structlog
+import trio
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from multiaddr import Multiaddr
+
+from p2pgz.core.keyspace import Contact
+from p2pgz.errors import P2pgzError, SourceUnavailable
+from p2pgz.p2p.libp2p_parts import make_host, quieten
+from p2pgz.p2p.libp2p_streams import MessageReader, close_stream, framed, reset_stream
+
+log = structlog.get_logger(component="libp2p")
+
+DIAL_SECONDS = 5.0
+CALL_SECONDS = 10.0  # open a stream, send, read the answer; callers have shorter deadlines of their own
+HANDLER_SECONDS = 15.0  # for one message of a peer to come, or its answer to go
+IDENTIFY_SECONDS = 5.0
+CALLS_MAX = 256
+HANDLERS_MAX = 128
+IDLE_SECONDS = 60.0
+CONNECTIONS_KEPT = 64  # beyond it the ones idle longest are closed, also before their minute is over
+TEND_SECONDS = 10.0
+MESSAGES_PER_STREAM = 1000
+
+T = TypeVar("T")
+Answer = Callable[[Contact, bytes], Awaitable[bytes | None]]
+
+
+class PeerHost:
+    """Made by `open_host`. All failures are SourceUnavailable."""
+
+    def __init__(self, host: Any, nursery: trio.Nursery, announce: Sequence[str]) -> None:
+        self.peer = bytes(host.get_id().to_bytes())
+        self.addresses = tuple(Multiaddr(address).to_bytes() for address in announce)
+        self.protocols: dict[bytes, frozenset[str]] = {}
+        """what connected peers have said that they speak"""
+        self.on_peer: Callable[[Contact, bool], None] = lambda _contact, _dialled: None
+        """called when a connected peer has said who it is and where it listens"""
+        self._host = host
+        self._nursery = nursery
+        self._announce = tuple(announce)
+        self._dials: dict[bytes, trio.Event] = {}
+        self._used: dict[bytes, float] = {}
+        self._contacts: dict[bytes, Contact] = {}
+        self._calls = trio.CapacityLimiter(CALLS_MAX)
+        self._handlers = trio.CapacityLimiter(HANDLERS_MAX)
+
+    # -- asking
+
+    async def ask(self, contact: Contact, protocol: str, message: bytes) -> bytes:
+        """Send a message on a stream of its own and wait for the answer."""
+
+        async def call() -> bytes:
+            stream = await self._open(contact, protocol)
+            try:
+                await stream.write(framed(message))
+                answer = await MessageReader(stream).message()
+            except BaseException:
+                await reset_stream(stream)
+                raise
+            await close_stream(stream)
+            if answer is None:
+                raise SourceUnavailable("the peer closed the stream without an answer")
+            return answer
+
+        return await self._owned(contact, call)
+
+    async def tell(self, contact: Contact, protocol: str, messages: Sequence[bytes]) -> None:
+        """Send messages that have no answer on one stream."""
+
+        async def call() -> None:
+            stream = await self._open(contact, protocol)
+            try:
+                for message in messages:
+                    await stream.write(framed(message))
+            except BaseException:
+                await reset_stream(stream)
+                raise
+            await close_stream(stream)
+
+        await self._owned(contact, call)
+
+    async def connect(self, contact: Contact) -> None:
+        """Make sure that there is a connection."""
+
+        async def call() -> None:
+            await self._connect(contact)
+
+        await self._owned(contact, call)
+
+    def connected(self) -> list[bytes]:
+        """The peers to whom there is a connection."""
+        return [bytes(peer.to_bytes()) for peer in self._host.get_connected_peers()]
+
+    async def disconnect(self, peer: bytes) -> None:
+        """Close the connection to a peer, if there is one."""
+        with trio.move_on_after(DIAL_SECONDS, shield=True):
+            await self._host.get_network().close_peer(ID(peer))
+
+    # -- answering
+
+    def serve(self, protocol: str, answer: Answer) -> None:
+        """Answer a protocol whose messages are length-prefixed; one stream may carry several requests."""
+
+        async def handler(stream: Any) -> None:
+            peer = bytes(stream.muxed_conn.peer_id.to_bytes())
+            try:
+                self._handlers.acquire_on_behalf_of_nowait(stream)
+            except trio.WouldBlock:
+                await reset_stream(stream)
+                return
+            try:
+                self._used[peer] = trio.current_time()
+                await self._serve_stream(peer, stream, answer)
+                await close_stream(stream)
+            except Exception as error:  # whatever leaves this function ends the library's host
+                if not isinstance(error, P2pgzError | trio.TooSlowError) and not _is_library_error(error):
+                    log.exception("peer.bug", protocol=protocol, peer=peer.hex())
+                await reset_stream(stream)
+            finally:
+                self._handlers.release_on_behalf_of(stream)
+
+        self._host.set_stream_handler(protocol, handler)
+
+    async def _serve_stream(self, peer: bytes, stream: Any, answer: Answer) -> None:
+        reader = MessageReader(stream)
+        for _ in range(MESSAGES_PER_STREAM):
+            with trio.fail_after(HANDLER_SECONDS):
+                message = await reader.message()
+                if message is None:
+                    return
+                reply = await answer(self._contacts.get(peer, Contact(peer)), message)
+                if reply is not None:
+                    await stream.write(framed(reply))
+
+    async def accept(self, stream: trio.SocketStream) -> None:
+        """Serve an inbound connection whose first bytes are multistream's; returns when it is closed.
+
+        Not by the library's listener: that one keeps a slot of its limit for every connection there ever was.
+        """
+        try:
+            connection = await self._host.get_network().upgrade_inbound_raw_conn(
+                RawConnection(TrioTCPStream(stream), False), Multiaddr("/ip4/0.0.0.0/tcp/0")
+            )
+            await connection.event_closed.wait()
+        except Exception as error:  # the library raises dozens of types for a failed handshake
+            if not _is_library_error(error):
+                log.exception("peer.bug", where="inbound handshake")
+
+    # -- inside
+
+    async def _owned(self, contact: Contact, call: Callable[[], Awaitable[T]]) -> T:
+        """Run a call in a task of the host's: a caller that is cancelled leaves, the call runs to its end or deadline."""
+        done = trio.Event()
+        answers: list[T] = []
+        failures: list[BaseException] = []
+
+        async def run() -> None:
+            try:
+                async with self._calls:
+                    with trio.fail_after(CALL_SECONDS):
+                        answers.append(await call())
+            except Exception as error:  # noqa: BLE001  # the library raises dozens of types, all mean the same here
+                failures.append(error)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(run)
+        await done.wait()
+        if answers:
+            return answers[0]
+        cause = failures[0] if failures else None
+        if isinstance(cause, P2pgzError):
+            raise cause
+        raise SourceUnavailable(f"peer {ID(contact.peer)}: {_reason(cause)}") from cause
+
+    async def _open(self, contact: Contact, protocol: str) -> Any:
+        await self._connect(contact)
+        self._used[contact.peer] = trio.current_time()
+        return await self._host.new_stream(ID(contact.peer), [protocol])
+
+    async def _connect(self, contact: Contact) -> None:
+        """One dial per peer at a time, whoever wants it."""
+        peer = ID(contact.peer)
+        network = self._host.get_network()
+        while True:
+            if network.get_connections(peer):
+                return
+            dialling = self._dials.get(contact.peer)
+            if dialling is None:
+                break
+            await dialling.wait()
+            if not network.get_connections(peer):
+                raise SourceUnavailable("cannot be reached")
+        if not contact.addresses:
+            raise SourceUnavailable("no address is known")
+        done = self._dials[contact.peer] = trio.Event()
+        try:
+            network.unblock_peer(peer)  # the library refuses to dial a peer for a minute after one failure
+            with trio.fail_after(DIAL_SECONDS):
+                await self._host.connect(
+                    PeerInfo(peer, [Multiaddr(address) for address in contact.addresses])
+                )
+        finally:
+            del self._dials[contact.peer]
+            done.set()
+
+    async def _met(self, peer: ID, dialled: bool) -> None:
+        """Wait for what identify brings."""
+        name = bytes(peer.to_bytes())
+        store = self._host.get_peerstore()
+        with trio.move_on_after(IDENTIFY_SECONDS):
+            while self._host.get_network().get_connections(peer):
+                try:
+                    protocols = frozenset(str(protocol) for protocol in store.get_protocols(peer))
+                    addresses = (
+                        tuple(address.to_bytes() for address in store.addrs(peer)) if protocols else ()
+                    )
+                except Exception:  # noqa: BLE001  # "not known yet" comes as several types
+                    protocols, addresses = frozenset(), ()
+                if protocols:
+                    self.protocols[name] = protocols
+                    self._contacts[name] = contact = Contact(name, _dialable(addresses))
+                    self.on_peer(contact, dialled)
+                    return
+                await trio.sleep(0.02)
+
+    async def _tend(self) -> None:
+        """Close what nobody uses; forget what is gone."""
+        while True:
+            await trio.sleep(TEND_SECONDS)
+            network = self._host.get_network()
+            live = {bytes(peer.to_bytes()): connections for peer, connections in network.connections.items()}
+            for peer in [peer for peer in self._contacts if peer not in live]:
+                del self._contacts[peer]
+                self.protocols.pop(peer, None)
+                self._used.pop(peer, None)
+            now = trio.current_time()
+            idle = sorted((self._used.setdefault(peer, now), peer) for peer in live)
+            excess = len(idle) - CONNECTIONS_KEPT
+            for number, (used, peer) in enumerate(idle):
+                busy = any(connection.get_streams() for connection in live[peer])
+                if not busy and (now - used > IDLE_SECONDS or number < excess):
+                    await self.disconnect(peer)
+
+
+class _Notifee:
+    """The library's call-backs; those not needed do nothing."""
+
+    def __init__(self, host: PeerHost, nursery: trio.Nursery) -> None:
+        self._host = host
+        self._nursery = nursery
+
+    async def connected(self, network: Any, connection: Any) -> None:
+        dialled = "outbound" in str(connection.direction).lower()
+        self._nursery.start_soon(self._host._met, connection.muxed_conn.peer_id, dialled)
+
+    async def disconnected(self, network: Any, connection: Any) -> None: ...
+    async def opened_stream(self, network: Any, stream: Any) -> None: ...
+    async def closed_stream(self, network: Any, stream: Any) -> None: ...
+    async def listen(self, network: Any, address: Any) -> None: ...
+    async def listen_close(self, network: Any, address: Any) -> None: ...
+
+
+@asynccontextmanager
+async def open_host(seed: bytes, *, announce: Sequence[str]) -> AsyncIterator[PeerHost]:
+    """A running host with the identity of a raw Ed25519 seed. `announce`: multiaddrs at which our listener is reached."""
+    quieten()
+    host = make_host(seed, list(announce))
+    failure: Exception | None = None
+    async with host.run(listen_addrs=[]), trio.open_nursery() as nursery:
+        peer_host = PeerHost(host, nursery, announce)
+        host.get_network().register_notifee(_Notifee(peer_host, nursery))
+        nursery.start_soon(peer_host._tend)
+        try:
+            yield peer_host
+        except Exception as error:  # noqa: BLE001  # the caller's: raised below, outside the nursery's group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _dialable(addresses: Sequence[bytes]) -> tuple[bytes, ...]:
+    """Plain TCP addresses, without the peer id at their end."""
+    found = []
+    for raw in addresses:
+        address = Multiaddr(raw)
+        names = [protocol.name for protocol in address.protocols()]
+        if names[-1:] == ["p2p"]:
+            address = address.decapsulate_code(0x01A5)
+            names.pop()
+        if len(names) == 2 and names[0] in ("ip4", "ip6", "dns", "dns4", "dns6") and names[1] == "tcp":
+            found.append(address.to_bytes())
+    return tuple(dict.fromkeys(found))
+
+
+def _is_library_error(error: BaseException) -> bool:
+    module = type(error).__module__
+    return module.startswith(("libp2p", "multiaddr", "noise", "trio", "cryptography")) or isinstance(
+        error, OSError
+    )
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None:
+        return "the host is shutting down"
+    if isinstance(error, trio.TooSlowError):
+        return "no answer in time"
+    return f"{type(error).__name__}: {error}"[:200]
