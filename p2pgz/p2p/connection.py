@@ -42,6 +42,7 @@ from p2pgz.core.messages import (
     Want,
     runs_of,
 )
+from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Landed, PeerAnswer
 from p2pgz.core.standing import Fault
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
@@ -79,7 +80,13 @@ THREAD_FROM_BYTES: Final = 96 << 10
 class Connection:
     """A peer that we are connected to. `run()` it in a nursery; it returns when the connection has ended."""
 
-    def __init__(self, ends: Handshaken, offers: Offers, uploads: Uploads) -> None:
+    def __init__(
+        self,
+        ends: Handshaken,
+        offers: Offers,
+        uploads: Uploads,
+        on_fault: Callable[[PeerId, Fault], None] = lambda peer, fault: None,
+    ) -> None:
         zstd = bool(ends.agreement.features & Feature.ZSTD)
         self.peer = ends.peer
         self.version = ends.agreement.version
@@ -91,6 +98,7 @@ class Connection:
         self.bitmaps = Bitmaps()
         self.downloads = Downloads(zstd=zstd)
         self.serving = Serving(offers, uploads, self._say, zstd=zstd)
+        self._on_fault = on_fault
         self._offers = offers
         self._uploads = uploads
         self._stream = ends.stream
@@ -177,6 +185,7 @@ class Connection:
         if self.error is None:
             self.error, self.fault = error, fault
             if fault is not None:
+                self._on_fault(self.peer, fault)
                 log.info("peer.fault", peer=str(self.peer), fault=str(fault), reason=error.what)
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()

@@ -64,15 +64,20 @@ class Exchange:
         cls, credentials: Credentials, offers: Offers, uploads: Uploads
     ) -> AsyncIterator[Exchange]:
         """An exchange whose connections live as long as the context; at its end peers are told goodbye."""
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             exchange = cls(credentials, offers, uploads, nursery)
             nursery.start_soon(exchange._tell)
             try:
                 yield exchange
+            except Exception as error:  # noqa: BLE001  # goes on below, not wrapped in a group
+                failure = error
             finally:
                 with trio.CancelScope(shield=True):
                     await exchange._goodbye()
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     @property
     def own_id(self) -> PeerId:
@@ -178,7 +183,7 @@ class Exchange:
         return None
 
     def _add(self, ends: Handshaken) -> Connection:
-        connection = Connection(ends, self._offers, self.uploads)
+        connection = Connection(ends, self._offers, self.uploads, self._note_fault)
         self._connections.setdefault(ends.peer, []).append(connection)
         for swarm in self._followed:
             connection.follow(swarm)
@@ -192,8 +197,9 @@ class Exchange:
             group.remove(connection)
             if not group:
                 del self._connections[connection.peer]
-            if connection.fault is not None:
-                self.standing.fault(connection.peer, connection.fault, trio.current_time())
+
+    def _note_fault(self, peer: PeerId, fault: Fault) -> None:
+        self.standing.fault(peer, fault, trio.current_time())
 
     async def _goodbye(self) -> None:
         async with trio.open_nursery() as nursery:
