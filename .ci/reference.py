@@ -62,9 +62,8 @@ def cli_block() -> list[str]:
     for name, command, context in commands():
         usage = " ".join(command.collect_usage_pieces(context))
         lines += [f"### `{name}`", "", f"    {name} {usage}".rstrip(), "", prose(command.help or ""), ""]
-        rows = [
-            row for p in command.params if isinstance(p, click.Option) and (row := option_row(p, context))
-        ]
+        own = [p for p in command.params if command is cli.cli or p.name not in SHARED_OPTIONS]
+        rows = [row for p in own if isinstance(p, click.Option) and (row := option_row(p, context))]
         if rows:
             lines += [*table(("option", "meaning", "environment variable"), rows), ""]
     return lines

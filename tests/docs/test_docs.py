@@ -227,26 +227,22 @@ def test_status_document_is_described_field_by_field() -> None:
 
 
 def status_fields() -> set[str]:
-    """The fields of `Node.status()` and `Mounts.status()`, read from the keys in their source."""
-    fields = set()
-    for name, function in (("node.py", "status"), ("mount/mounts.py", "status"), ("node.py", "_pool_status")):
-        tree = ast.parse((ROOT / "p2pgz" / name).read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name == function:
-                prefix = {"mount/mounts.py": "mounts[].", "_pool_status": "pool."}
-                start = prefix.get(name) or prefix.get(function) or ""
-                for child in ast.walk(node):
-                    if isinstance(child, ast.Dict):
-                        fields |= {
-                            start + key.value
-                            for key in child.keys
-                            if start and isinstance(key, ast.Constant) and isinstance(key.value, str)
-                        }
-                        if not start:
-                            fields |= keys_of(child, "") if is_outermost(child, node) else set()
+    """The fields of the status document, read from the keys in the source of what makes it."""
     from p2pgz.pool.pool import PoolStats
 
-    return fields | {f"pool.{name}" for name in PoolStats.__dataclass_fields__}
+    fields = {f"pool.{name}" for name in PoolStats.__dataclass_fields__}
+    makers = (("node.py", "status", ""), ("node.py", "_pool_status", "pool."))
+    for name, function, prefix in makers:
+        for node in ast.walk(ast.parse((ROOT / "p2pgz" / name).read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == function:
+                for child in ast.walk(node):
+                    if isinstance(child, ast.Dict) and is_outermost(child, node):
+                        fields |= keys_of(child, prefix)
+    mounts = ast.parse((ROOT / "p2pgz" / "mount" / "mounts.py").read_text("utf-8"))
+    for node in ast.walk(mounts):
+        if isinstance(node, ast.Dict) and {"ref", "dir"} <= keys_of(node, ""):
+            fields |= keys_of(node, "mounts[].")
+    return fields
 
 
 def is_outermost(child: ast.Dict, function: ast.FunctionDef) -> bool:

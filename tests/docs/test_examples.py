@@ -83,18 +83,29 @@ def write_layout(folder: Path, tar: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def registry() -> Iterator[RegistryThread]:
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `layout` and its only layer, `layer.tar`."""
+    folder = tmp_path_factory.mktemp("image")
+    tar = layer()
+    write_layout(folder / "layout", tar)
+    (folder / "layer.tar").write_bytes(tar)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registry(layout: Path) -> Iterator[RegistryThread]:
+    """What answers in place of localhost:5000."""
     with RegistryThread.running() as registry:
+        convert = ["convert", f"oci:{layout / 'layout'}:plain", f"{registry.address}/team/app:lazy"]
+        subprocess.run([sys.executable, "-m", "p2pgz", *convert], check=True, timeout=60, capture_output=True)
         yield registry
 
 
 @pytest.fixture
-def folder(tmp_path: Path, registry: RegistryThread) -> Iterator[Path]:
-    """A working directory on a disk, with `layout` and `layer.tar` in it; the node that a page started ends with it."""
+def folder(layout: Path) -> Iterator[Path]:
+    """A working directory on a disk, with the image in it; the node that a page started ends with it."""
     place = Path(tempfile.mkdtemp(prefix="p2pgz-docs-", dir="/var/tmp"))
-    tar = layer()
-    write_layout(place / "layout", tar)
-    (place / "layer.tar").write_bytes(tar)
+    shutil.copytree(layout, place, dirs_exist_ok=True)
     yield place
     for point in reversed(mount_points(place)):  # only where a page stopped half way
         subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
@@ -136,9 +147,8 @@ def test_the_commands_of_a_page_work(page: Path, folder: Path, registry: Registr
     }
     for name in ("mnt", "srv"):
         (folder / name).mkdir()
-    prepare = f"p2pgz convert oci:layout:plain {registry.address}/team/app:lazy >/dev/null"
     done = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", f"{prepare}\n{script}"],
+        ["bash", "-euxo", "pipefail", "-c", script],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
