@@ -9,7 +9,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.schedule import Priority
 from p2pgz.errors import ImageNotFound, UsageError
 from p2pgz.fetch.service import ChunkFetcher
-from p2pgz.image.open import OpenImage
+from p2pgz.image.opened import OpenImage
 from p2pgz.image.reader import read_whole
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.segment import SHARED_DOMAIN

@@ -7,11 +7,8 @@ tag. Nothing of an image that cannot be opened whole is left behind except verif
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,9 +37,9 @@ from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer, domain_of
 from p2pgz.image.merge import LayerInput, merge_layers
+from p2pgz.image.opened import ImageRecord, OpenImage, map_tree, write_tree
 from p2pgz.image.treebuild import build_tree
 from p2pgz.image.treefile import TreeFile
-from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import SHARED_DOMAIN, Segment
 
@@ -58,41 +55,6 @@ OPEN_SECONDS: Final = 120.0
 LOOKUP_KEYS: Final = 2048
 TREES: Final = "trees"
 BROKEN_HINT: Final = "this copy is damaged or was built wrongly: get another one, or tell its publisher"
-
-
-class ImageRecord(msgspec.Struct, frozen=True):
-    """What the tree file remembers about its image, as JSON in its `info`."""
-
-    layers: list[LayerRecord]
-    warnings: list[str]
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class OpenImage:
-    """An image that can be mounted and read: its tree, and the segments that the tree refers to, in its order."""
-
-    reference: str
-    digest: Digest
-    tree: TreeFile
-    tree_path: Path
-    segments: list[Segment]
-    prefetch: list[tuple[Segment, int]] = field(default_factory=list)
-    """segments whose author recorded start-up files, and the blob offset where those end"""
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Uncompressed bytes of all chunks."""
-        return sum(segment.bytes_of(range(segment.table.chunk_count)) for segment in self.segments)
-
-    @property
-    def present_bytes(self) -> int:
-        """How many of them are here."""
-        count = 0
-        for segment in self.segments:
-            has = segment.presence.has
-            count += segment.bytes_of([n for n in range(segment.table.chunk_count) if has(n)])
-        return count
 
 
 class ImageOpener:
@@ -205,7 +167,7 @@ class ImageOpener:
         """The image as it was opened before, if all of it is still here."""
         path = self._tree_path(manifest.digest)
         try:
-            tree = _map_tree(path)
+            tree = map_tree(path)
             record = msgspec.json.decode(tree.info, type=ImageRecord)
             if any(layer.unverified for layer in record.layers) and not allow_unverified_toc:
                 return None
@@ -247,10 +209,10 @@ class ImageOpener:
             return build_tree(merged, shared_files=find, info=msgspec.json.encode(record)), record
 
         data, record = await trio.to_thread.run_sync(build)
-        await trio.to_thread.run_sync(_write_tree, path, data)
+        await trio.to_thread.run_sync(write_tree, path, data)
         for text in record.warnings:
             log.warning("image.warning", reference=str(reference), text=text)
-        tree = _map_tree(path)
+        tree = map_tree(path)
         for layer, descriptor in zip(layers, manifest.layers, strict=True):
             self._add_origin(layer.segment, source, descriptor, layer.record)
         return self._finish(reference, manifest, tree, path, self._segments(tree, record), record)
@@ -425,21 +387,3 @@ def _naming(reference: Reference) -> Iterator[None]:
             error.what = f"{reference}: {error.what}"
         error.hint = error.hint or BROKEN_HINT
         raise
-
-
-def _write_tree(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_durably(path, data)
-    except OSError as error:
-        raise PoolFull(f"{path}: {error.strerror}", hint="free some space in the state directory") from error
-
-
-def _map_tree(path: Path) -> TreeFile:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if not os.fstat(descriptor).st_size:
-            raise StateError(f"{path} is empty", hint="it is made again")
-        return TreeFile(mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ))
-    finally:
-        os.close(descriptor)

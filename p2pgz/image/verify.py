@@ -12,7 +12,7 @@ from p2pgz.core.schedule import Priority
 from p2pgz.core.verify import verify
 from p2pgz.errors import ChunkCorrupt, P2pgzError
 from p2pgz.fetch.service import ChunkFetcher
-from p2pgz.image.open import OpenImage
+from p2pgz.image.opened import OpenImage
 from p2pgz.pool.pool import Pool, Segment
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
