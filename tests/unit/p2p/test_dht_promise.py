@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from p2pgz.core.digest import SHA256_MULTIHASH_PREFIX
 from p2pgz.core.keyspace import KeySet, kad_key
-from p2pgz.testing.kad_network import SimulatedNetwork, SimulatedNode, Things, contact_of
+from p2pgz.testing.kad_network import SimulatedNetwork, SimulatedNode, contact_of
 
 SERVERS = 64
 CHUNKS = [hashlib.sha256(b"chunk %d" % number).digest() for number in range(400)]
@@ -65,6 +65,6 @@ async def test_chunk_is_found_by_digest_after_a_day_and_a_restart_of_all_others(
         client = network.start(SERVERS + 1, bootstrap=lambda: [contact_of(7)])
         await trio.sleep(60)
         missing = [each for each in CHUNKS if not await client.kad.find_providers(key(each), wanted=1)]
-        assert [] == missing
-        assert [] == await client.kad.find_providers(key(hashlib.sha256(b"nobody's").digest()))
+        assert missing == []
+        assert await client.kad.find_providers(key(hashlib.sha256(b"nobody's").digest())) == []
         nursery.cancel_scope.cancel()
