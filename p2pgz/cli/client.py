@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -78,13 +79,13 @@ class NodeClient:
 
     def status(self) -> dict[str, Any]:
         """The node's status document."""
-        with self._request("GET", "/v1/status", None) as answer:
+        with self._request("GET", "/v1/status", None) as answer, _ended_node():
             status: dict[str, Any] = json.load(answer)
         return status
 
     def call(self, path: str, request: dict[str, Any], progress: Any = None) -> dict[str, Any]:
         """Run one request; progress lines go to `progress(event)`; returns the result or raises the node's error."""
-        with self._request("POST", path, request) as answer:
+        with self._request("POST", path, request) as answer, _ended_node():
             for line in answer:
                 event = json.loads(line)
                 if event["event"] in {"result", "error"}:
@@ -97,7 +98,7 @@ class NodeClient:
 
     def read(self, path: str, request: dict[str, Any]) -> Iterator[bytes]:
         """The bytes that a request answers with, in pieces; raises the node's error where it stopped."""
-        with self._request("POST", path, request) as answer:
+        with self._request("POST", path, request) as answer, _ended_node():
             while len(head := answer.read(4)) == 4:
                 (length,) = struct.unpack(">I", head)
                 if not length:
@@ -143,6 +144,17 @@ class NodeClient:
                 hint="node and command line have different versions? restart the node",
             )
         return response
+
+
+@contextmanager
+def _ended_node() -> Iterator[None]:
+    """An answer that breaks off means that the node ended, however that shows."""
+    try:
+        yield
+    except (http.client.HTTPException, ConnectionError, json.JSONDecodeError) as error:
+        raise NodeUnavailable(
+            "the node ended in the middle of the request", hint="see its log; run the command again"
+        ) from error
 
 
 def _result(event: dict[str, Any]) -> dict[str, Any]:

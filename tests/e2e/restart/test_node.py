@@ -65,7 +65,7 @@ def mounted(node: LazyNode, reference: str, *options: str) -> Path:
     root = node.state.parent / "root"
     with suppress(OSError):  # it is there, and may be a dead mount
         root.mkdir()
-    node.call("mount", "--no-fill", *options, reference, root)
+    node.call("mount", "--mode", "tree", "--no-fill", *options, reference, root)
     return root
 
 
