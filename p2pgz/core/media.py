@@ -216,7 +216,7 @@ def select_platform(index: Index, platform: Platform, *, where: str = "index") -
     """
     images = [entry for entry in index.manifests if _is_image(entry)]
     if not images:
-        raise ImageNotFound(f"{where}: has no images in it")
+        raise ImageNotFound(f"{where}: has no images in it", hint="it names other things; check the tag")
     if len(images) == 1 and images[0].platform is None:
         return images[0]
     best: tuple[tuple[int, ...], Descriptor] | None = None
