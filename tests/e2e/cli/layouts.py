@@ -1,4 +1,4 @@
-"""OCI image layouts written by hand: one layer, the right manifest, config, annotations and diff id, whatever the layer is."""
+"""OCI image layouts written by hand: right manifest, config, annotations and diff id around any layer."""
 
 from __future__ import annotations
 

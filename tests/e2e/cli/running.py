@@ -7,6 +7,7 @@ itself or the one of `node()`. `close` ends everything that was started here, by
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from p2pgz.cli.client import connect
 from p2pgz.mount.umount import find_mounts
 
 COMMAND_SECONDS = 30.0  # what a command may take on a busy machine; most take a tenth
@@ -134,8 +136,12 @@ class P2pgz:
         return process.pid
 
     def status(self) -> dict[str, Any]:
-        """What the running node says."""
-        document: dict[str, Any] = self.ok("status", "--json").json()
+        """What `p2pgz status --json` prints, asked for without starting a process."""
+        connection = http.client.HTTPConnection("localhost")
+        with contextlib.closing(connection):
+            connection.sock = connect(self.state / "api.sock")
+            connection.request("GET", "/v1/status", headers={"Connection": "close"})
+            document: dict[str, Any] = json.load(connection.getresponse())
         return document
 
     def mounts(self) -> list[str]:
@@ -144,8 +150,10 @@ class P2pgz:
 
     def node_pid(self) -> int:
         """The process of the running node; 0 when none answers."""
-        done = self.run("status", "--json")
-        return int(done.json()["node"]["pid"]) if done.code == 0 else 0
+        try:
+            return int(self.status()["node"]["pid"])
+        except (OSError, http.client.HTTPException):
+            return 0
 
     def log(self) -> str:
         """What this state directory's nodes wrote."""
