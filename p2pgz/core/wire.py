@@ -24,31 +24,29 @@ OPTIONAL_FROM: Final = 0x80
 # Optional frames of later versions: room for what they may need, not for a chunk
 OPTIONAL_MAX_BYTES: Final = 64 << 10
 
-__all__ = ["FRAME_MAX_BYTES", "HEADER", "FrameReader"]
+# what a connection may begin with
+HELLO_FIRST: Final = frozenset({FrameType.HELLO, FrameType.GOODBYE})
+
+__all__ = ["FRAME_MAX_BYTES", "HEADER", "HELLO_FIRST", "FrameReader"]
 
 
 class FrameReader:
     """Cuts what arrives into frames. After a PeerFault it must not be fed again.
 
-    `first_only` are the types that may come as long as `open()` has not been called: nobody who has not said hello makes
-    us parse anything else.
+    The first frame must be one of `first`: nobody who has not said hello makes us parse anything else.
     """
 
-    __slots__ = ("_at", "_body", "_first_only", "_head", "_skip_bytes", "_type", "skipped_frames")
+    __slots__ = ("_at", "_body", "_first", "_head", "_skip_bytes", "_type", "skipped_frames")
 
-    def __init__(self, *, first_only: frozenset[int] | None = frozenset({FrameType.HELLO})) -> None:
+    def __init__(self, *, first: frozenset[int] = HELLO_FIRST) -> None:
         self._head = bytearray()
         self._body: bytearray | None = None
         self._at = 0
         self._type = 0
         self._skip_bytes = 0
-        self._first_only = first_only
+        self._first: frozenset[int] | None = first or None
         self.skipped_frames = 0
         """optional frames that were not understood"""
-
-    def open(self) -> None:
-        """The hello is done: all frames may come, except for another hello."""
-        self._first_only = None
 
     @property
     def in_frame(self) -> bool:
@@ -87,8 +85,9 @@ class FrameReader:
         size, kind = HEADER.unpack(self._head)
         self._head.clear()
         limit = BODY_MAX_BYTES.get(kind)
-        if self._first_only is not None and kind not in self._first_only:
+        if self._first is not None and kind not in self._first:
             raise PeerFault(f"a frame of type {kind:#04x} before the hello")
+        self._first = None
         if limit is None:
             if kind < OPTIONAL_FROM:
                 raise PeerFault(f"a frame of unknown type {kind:#04x}")

@@ -96,7 +96,7 @@ class Exchange:
     # --- coming together
 
     async def accept(self, raw: trio.SocketStream) -> None:
-        """Take over an incoming connection; returns when it has ended."""
+        """Take over an incoming connection: closes it, or owns it from now on."""
         if self._handshakes >= HANDSHAKES_MAX:
             await raw.aclose()
             return
@@ -119,7 +119,7 @@ class Exchange:
             await say_goodbye(ends.stream, refusal)
             await trio.aclose_forcefully(raw)
             return
-        await self._run(self._add(ends))
+        self._nursery.start_soon(self._run, self._add(ends))
 
     async def connect(self, host: str, port: int, *, expected: PeerId | None = None) -> Connection:
         """An open connection to the peer there, a new one if need be; raises SourceUnavailable and its kin.

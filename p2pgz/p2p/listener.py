@@ -6,6 +6,7 @@ byte is only looked at, not taken. Whatever a connection does, the listener live
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -24,6 +25,9 @@ FIRST_BYTE_SECONDS: Final = 5.0
 # connections that have not said who they are: each costs a descriptor and a TLS handshake
 STRANGERS_MAX: Final = 128
 BACKLOG: Final = 256
+# with no descriptor left there is nothing to do but to wait for one
+PAUSE_SECONDS: Final = 0.1
+_OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -40,7 +44,7 @@ async def listen(host: str, port: int) -> list[trio.SocketListener]:
 
 
 class PeerListener:
-    """Serves listeners. `on_tls` and `on_multistream` get the connection untouched and close it."""
+    """Serves listeners. `on_tls` and `on_multistream` get the connection untouched; it is theirs unless they raise."""
 
     def __init__(self, on_tls: Handler, on_multistream: Handler | None = None) -> None:
         self._on_tls = on_tls
@@ -55,24 +59,45 @@ class PeerListener:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until cancelled."""
-        task_status.started()
-        await trio.serve_listeners(self._guarded, listeners)
+        """Serve until cancelled. Connections that were handed over live on.
+
+        Not by trio.serve_listeners: it closes a connection when its handler returns.
+        """
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                nursery.start_soon(self._accept, listener, nursery)
+            task_status.started()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    if error.errno not in _OUT_OF_RESOURCES:
+                        raise
+                    log.warning("peers.no_descriptors", reason=error.strerror)
+                    await trio.sleep(PAUSE_SECONDS)
+                    continue
+                nursery.start_soon(self._guarded, stream)
 
     async def _guarded(self, stream: trio.SocketStream) -> None:
-        async with stream:
-            try:
-                handler = await self._whose(stream)
-                if handler is None:
-                    self.refused += 1
-                    return
+        try:
+            handler = await self._whose(stream)
+            if handler is not None:
                 await handler(stream)
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-                self.refused += 1
-            except P2pgzError as error:
-                log.debug("peer.refused", reason=str(error))
-            except Exception:  # a bug met by one connection must not end the others
-                log.exception("peer.bug")
+                return
+            self.refused += 1
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            self.refused += 1
+        except P2pgzError as error:
+            log.debug("peer.refused", reason=str(error))
+        except trio.Cancelled:
+            await trio.aclose_forcefully(stream)
+            raise
+        except Exception:  # a bug met by one connection must not end the others
+            log.exception("peer.bug")
+        await trio.aclose_forcefully(stream)
 
     async def _whose(self, stream: trio.SocketStream) -> Handler | None:
         try:

@@ -254,7 +254,8 @@ async def _main(directory: Path, seed: int, fault: str) -> None:
     credentials = Credentials.make(Identity.new(), Admission())
 
     async def handle(raw: trio.SocketStream) -> None:
-        await _serve_badly(await accept(raw, credentials), layer, FAULTS[fault])
+        async with raw:
+            await _serve_badly(await accept(raw, credentials), layer, FAULTS[fault])
 
     async with trio.open_nursery() as nursery:
         listeners = await listen("127.0.0.1", 0)

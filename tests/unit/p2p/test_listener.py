@@ -16,12 +16,14 @@ from p2pgz.p2p.listener import Handler, PeerListener, listen
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    while data := await stream.receive_some(100):
-        await stream.send_all(data)
+    async with stream:
+        while data := await stream.receive_some(100):
+            await stream.send_all(data)
 
 
 async def shout(stream: trio.SocketStream) -> None:
-    await stream.send_all((await stream.receive_some(100)).upper())
+    async with stream:
+        await stream.send_all((await stream.receive_some(100)).upper())
 
 
 @asynccontextmanager
