@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -98,6 +98,7 @@ class MountAtStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     reference: str
     directory: str
+    mode: Literal["auto", "tree", "erofs"] = "auto"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,7 +112,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mount: MountConfig = MountConfig()
     node: NodeConfig = NodeConfig()
     mounts: list[MountAtStart] = []
-    """images to mount when the node starts: `[[mounts]]` with `reference` and `directory`"""
+    """images to mount when the node starts: `[[mounts]]` with `reference`, `directory` and, if need be, `mode`"""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -229,7 +230,7 @@ def dump_default() -> str:
             lines.append(f"{key.name} = {_toml(getattr(table, key.name))}")
         lines.append("")
     lines += ["# Images to mount whenever the node starts, as often as needed:", "# [[mounts]]"]
-    lines += [f'# {key.name} = ""' for key in msgspec.structs.fields(MountAtStart)]
+    lines += ['# reference = ""', '# directory = ""', '# mode = "auto"']
     return "\n".join([*lines, ""])
 
 

@@ -167,7 +167,9 @@ class Node:
         for wanted in self._config.mounts:
             if any(record.directory == wanted.directory for record, _ in again):
                 continue
-            request = MountRequest(reference=wanted.reference, directory=wanted.directory)
+            request = MountRequest(
+                reference=wanted.reference, directory=wanted.directory, mode=wanted.mode
+            )
             nursery.start_soon(self._mount_here, request, self._options(request), None)
 
     async def _mount_here(

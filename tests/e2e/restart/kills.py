@@ -124,7 +124,11 @@ class Campaign:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
         )
         time.sleep(self.rng.uniform(0.1, 0.8))
-        self.kill_fs() if self.rng.random() < 0.5 else self.kill_node()
+        if self.rng.random() < 0.5:
+            self.kill_fs()
+        else:
+            mounting.kill()  # it would start a node of its own while ours is away
+            self.kill_node()
         mounting.wait(OTHER_MOUNT_SECONDS)
         with suppress(Exception):  # whether it is mounted depends on the moment of the kill
             unmount(self.other, lazy=True)

@@ -295,7 +295,7 @@ def test_persistent_and_configured_mounts_come_back_without_the_registry(
     reference, hashes = push_image(tmp_path / "plain", registry.address, seed=3, files=8)
     config = folder / "config.toml"
     other = folder / "other"
-    config.write_text(f'[[mounts]]\nreference = "{reference}"\ndirectory = "{other}"\n')
+    config.write_text(f'[[mounts]]\nreference = "{reference}"\ndirectory = "{other}"\nmode = "tree"\n')
     node = LazyNode(folder / "state", environment={"P2PGZ_CONFIG": str(config)})
     node.start()
     try:
