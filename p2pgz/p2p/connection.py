@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -18,10 +18,7 @@ import trio
 
 from p2pgz.core.frames import FRAME_MAX_BYTES, encode
 from p2pgz.core.messages import (
-    DOCUMENT_MAX_BYTES,
     PART_MAX_BYTES,
-    REQUEST_CHUNKS_MAX,
-    RUNS_MAX,
     Bitmap,
     BitmapDelta,
     Busy,
@@ -40,18 +37,16 @@ from p2pgz.core.messages import (
     Ping,
     Pong,
     Want,
-    runs_of,
 )
 from p2pgz.core.peerid import PeerId
-from p2pgz.core.ports import Landed, PeerAnswer
 from p2pgz.core.standing import Fault
-from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
-from p2pgz.p2p.bitmaps import Bitmaps, PeerLies
-from p2pgz.p2p.downloads import Arrived, DocumentRequest, Downloads, Fetch, Request, batches, check_all
+from p2pgz.errors import P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.asking import Asking
+from p2pgz.p2p.bitmaps import PeerLies
 from p2pgz.p2p.handshake import Handshaken
-from p2pgz.p2p.offers import Offers, WantedChunks
+from p2pgz.p2p.offers import Offers
 from p2pgz.p2p.serving import Serving
-from p2pgz.p2p.uploads import REQUESTS_MAX, Uploads
+from p2pgz.p2p.uploads import Uploads
 
 log = structlog.get_logger(component="peers")
 
@@ -66,18 +61,14 @@ PONG_WITHIN_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 60.0
 # one batch; a peer that takes less than 25 KB/s is of no use to it
 SEND_SECONDS: Final = 10.0
-# bytes asked for and not yet here: enough for 1 Gbit/s over 100 ms, and what a peer can make us hold
-WINDOW_BYTES: Final = 16 << 20
 # answers that wait because the peer does not read: then it is gone
 UNSENT_MAX_BYTES: Final = 4 << 20
 DOCUMENTS_AT_ONCE: Final = 4
 # optional frames we do not understand; a later version sends some, not thousands
 SKIPPED_MAX: Final = 10_000
-# Verified in the loop: hashing 64 KiB takes about as long as going to a thread and back
-THREAD_FROM_BYTES: Final = 96 << 10
 
 
-class Connection:
+class Connection(Asking):
     """A peer that we are connected to. `run()` it in a nursery; it returns when the connection has ended."""
 
     def __init__(
@@ -88,15 +79,11 @@ class Connection:
         on_fault: Callable[[PeerId, Fault], None] = lambda peer, fault: None,
     ) -> None:
         zstd = bool(ends.agreement.features & Feature.ZSTD)
-        self.peer = ends.peer
+        super().__init__(ends.peer, zstd=zstd)
         self.version = ends.agreement.version
-        self.error: P2pgzError | None = None
-        """why it ended"""
         self.fault: Fault | None = None
         """what the peer did, if it was to blame"""
         self.since = trio.current_time()
-        self.bitmaps = Bitmaps()
-        self.downloads = Downloads(zstd=zstd)
         self.serving = Serving(offers, uploads, self._say, zstd=zstd)
         self._on_fault = on_fault
         self._offers = offers
@@ -141,12 +128,6 @@ class Connection:
     def ended(self) -> bool:
         """Whether nothing can be asked any more."""
         return self.error is not None or self._leaving
-
-    def expected_seconds(self) -> float:
-        """Estimate of how long a chunk asked for now takes: round trip, and what is queued before it."""
-        link = self.downloads.link
-        rate = link.bytes_per_second or 50e6
-        return link.first_byte_seconds + self.downloads.outstanding_bytes / rate
 
     async def run(self) -> None:
         """Serve the connection until it ends; never raises for anything the peer does."""
@@ -354,97 +335,6 @@ class Connection:
         followed = bool(self.bitmaps or self.serving.joined)
         if now - self._used_at > IDLE_SECONDS and not followed:
             await self.close(GoodbyeReason.IDLE)
-
-    # --- asking
-
-    async def fetch(
-        self, swarm: bytes, wanted: WantedChunks, chunks: Sequence[int], *, priority: int, landed: Landed
-    ) -> PeerAnswer:
-        """Ask for chunks (ascending) and give them, verified, to `landed` as they arrive.
-
-        Safe to cancel: the peer is told to forget. Raises ChunkCorrupt when a chunk has other bytes (those before it
-        have landed), SourceUnavailable when the connection ends.
-        """
-        todo = deque(batches(wanted, chunks, chunks_max=REQUEST_CHUNKS_MAX, runs_max=RUNS_MAX))
-        fetch = Fetch()
-        mine: list[Request] = []
-        try:
-            while True:
-                self._raise_if_ended()
-                while todo and not fetch.busy and self._has_room(wanted, todo[0]):
-                    batch = todo.popleft()
-                    request = self.downloads.ask(swarm, wanted, batch, fetch)
-                    mine.append(request)
-                    self._say(Want(request.number, priority, swarm, runs_of(batch)))
-                if fetch.arrived:
-                    arrived, fetch.arrived = fetch.arrived, []
-                    await self._land(arrived, landed)
-                    continue
-                mine = [request for request in mine if request.chunks]
-                if not mine and (not todo or fetch.busy):
-                    break
-                if todo and not fetch.busy:
-                    self.downloads.waiting_for_room.add(fetch)
-                await fetch.wait()
-        finally:
-            self.downloads.waiting_for_room.discard(fetch)
-            for request in mine:
-                if self.downloads.forget(request) and self.error is None:
-                    self._say_quietly(Forget(request.number))
-        fetch.busy += [n for batch in todo for n in batch]
-        return PeerAnswer(fetch.missing, sorted(fetch.busy), fetch.retry_seconds, fetch.alternatives)
-
-    def _has_room(self, wanted: WantedChunks, batch: Sequence[int]) -> bool:
-        downloads = self.downloads
-        if len(downloads.requests) + len(downloads.documents) >= REQUESTS_MAX:
-            return False
-        size = sum(wanted.size[n] for n in batch)
-        return not downloads.outstanding_bytes or downloads.outstanding_bytes + size <= WINDOW_BYTES
-
-    async def _land(self, arrived: list[Arrived], landed: Landed) -> None:
-        source = f"peer {self.peer}"
-        if sum(item.size for item in arrived) > THREAD_FROM_BYTES:
-            good, bad = await trio.to_thread.run_sync(check_all, arrived, source)
-        else:
-            good, bad = check_all(arrived, source)
-        if good:
-            await landed(good)
-        if bad is not None:
-            self._end(bad, Fault.CORRUPT)
-            raise ChunkCorrupt(bad.what, hint=bad.hint) from bad
-
-    async def document(self, digest: bytes, *, limit_bytes: int = DOCUMENT_MAX_BYTES) -> bytes | None:
-        """A TOC, manifest or config by digest, not verified; None when the peer does not have it."""
-        self._raise_if_ended()
-        document, fetch = DocumentRequest(limit_bytes), Fetch()
-        number = self.downloads.new_number()
-        self.downloads.documents[number] = (document, fetch)
-        self._say(DocWant(number, digest))
-        try:
-            while not document.done:
-                await fetch.wait()
-                self._raise_if_ended()
-        finally:
-            self.downloads.leave_document(number)
-        return None if document.missing else b"".join(document.parts)
-
-    def follow(self, swarm: bytes) -> None:
-        """Ask for the bitmap of a swarm and its changes; `bitmaps` has them from then on."""
-        if not self.ended and self.bitmaps.follow(swarm):
-            self._say(Join(swarm))
-
-    def unfollow(self, swarm: bytes) -> None:
-        """No more of them."""
-        if not self.ended and self.bitmaps.unfollow(swarm):
-            self._say(Leave(swarm))
-
-    def _say_quietly(self, frame: Frame) -> None:
-        with contextlib.suppress(PeerFault):  # the connection is about to end for the same reason
-            self._say(frame)
-
-    def _raise_if_ended(self) -> None:
-        if self.error is not None:
-            raise SourceUnavailable(self.error.what, hint=self.error.hint) from self.error
 
 
 assert FRAME_MAX_BYTES < UNSENT_MAX_BYTES

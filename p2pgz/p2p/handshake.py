@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -87,8 +89,8 @@ async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken
     ours = credentials.hello(secrets.token_bytes(NONCE_BYTES))
     await stream.send_all(encode(ours))
     reader = FrameReader()
-    try:
-        theirs, frames = await _receive_hello(stream, reader)
+    theirs, frames = await _receive_hello(stream, reader)
+    async with _telling(stream):
         agreement = agree(ours, theirs)
         peer = check_dialling(
             theirs,
@@ -97,9 +99,6 @@ async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken
             admission=credentials.admission,
             verify=verify_signature,
         )
-    except Refused as error:
-        await say_goodbye(stream, error.reason)
-        raise
     return Handshaken(stream=stream, peer=peer, agreement=agreement, reader=reader, frames=frames)
 
 
@@ -118,20 +117,29 @@ async def dial(
             f"peer {proven} answers where {expected} should be", hint="the address is out of date"
         )
     reader = FrameReader()
-    try:
-        theirs, frames = await _receive_hello(stream, reader)
-        own = credentials.identity
-        ours = credentials.hello(
-            secrets.token_bytes(NONCE_BYTES), own.sign(statement(proven, theirs.nonce, own.peer_id))
-        )
+    theirs, frames = await _receive_hello(stream, reader)
+    own = credentials.identity
+    signature = own.sign(statement(proven, theirs.nonce, own.peer_id))
+    ours = credentials.hello(secrets.token_bytes(NONCE_BYTES), signature)
+    async with _telling(stream):
         agreement = agree(ours, theirs)
         check_accepting(theirs, proven=proven, own=own.peer_id, admission=credentials.admission)
-    except Refused as error:
-        await say_goodbye(stream, error.reason)
-        raise
     # what we want may follow at once: if they refuse us, they say so instead of answering
     await stream.send_all(encode(ours))
     return Handshaken(stream=stream, peer=proven, agreement=agreement, reader=reader, frames=frames)
+
+
+@asynccontextmanager
+async def _telling(stream: TlsStream) -> AsyncIterator[None]:
+    """Tell the peer when it is refused in the body."""
+    refusal: Refused | None = None
+    try:
+        yield
+    except Refused as error:
+        refusal = error
+    if refusal is not None:
+        await say_goodbye(stream, refusal.reason)
+        raise refusal
 
 
 async def _tls(stream: TlsStream) -> None:

@@ -39,21 +39,22 @@ class TlsStream:
 
     async def do_handshake(self) -> None:
         """Before anything else."""
-        while True:
-            try:
-                self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                await self._flush()
-                await self._fill()
-                if self._ended:
-                    raise trio.BrokenResourceError(
-                        "the connection was closed during the TLS handshake"
-                    ) from None
-                continue
-            except ssl.SSLError as error:
-                raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+        while not self._shake():
             await self._flush()
-            return
+            await self._fill()
+            if self._ended:
+                raise trio.BrokenResourceError("the connection was closed during the TLS handshake")
+        await self._flush()
+
+    def _shake(self) -> bool:
+        """One step of the handshake; whether it was the last."""
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+        return True
 
     async def receive(self) -> memoryview | bytes:
         """What has arrived, at least a byte; b"" at the end. Valid until the next call."""

@@ -16,6 +16,7 @@ from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
 from p2pgz.core.frames import encode
 from p2pgz.core.messages import (
+    Alternative,
     Busy,
     Data,
     Doc,
@@ -42,7 +43,7 @@ from p2pgz.p2p.handshake import Credentials, Handshaken, dial
 from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.serving import REFUSALS_MAX
 from p2pgz.p2p.uploads import REQUESTS_MAX, Uploads
-from p2pgz.testing.conformance_pool import check_content
+from p2pgz.testing.conformance_pool import Layer, check_content
 from p2pgz.testing.peers import Peer, open_peer, peer_layer
 
 LAYER = peer_layer(3)
@@ -513,3 +514,51 @@ async def test_no_more_connections_than_the_budget(tmp_path: Path, monkeypatch: 
             (frame,) = await hear(third, 1)
             assert isinstance(frame, Goodbye)
             assert frame.reason is GoodbyeReason.TOO_MANY
+
+
+async def test_busy_peer_names_others_and_says_when_to_ask_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Alternative(PeerId.of_ed25519(bytes(32)).raw, "/ip4/10.0.0.1/tcp/4001")
+    monkeypatch.setattr(Uploads, "overloaded", True)
+    async with pair(tmp_path, uploads=Uploads(alternatives=lambda swarm: (other,))) as (a, b):
+        answer = await b.exchange.fetch(
+            a.id, b.swarm, b.segment.table, [0, 1, 7], priority=0, landed=b.landed
+        )
+        assert (answer.missing, answer.busy) == ([], [0, 1, 7])
+        assert answer.alternatives == (other,)
+        assert answer.retry_seconds > 0
+        assert a.exchange.uploads.busy == 1
+        assert not b.exchange.standing.counts
+
+
+async def test_chunks_larger_than_a_part_and_chunks_of_zeros_arrive(tmp_path: Path) -> None:
+    large = random.Random(2).randbytes(20 << 20)
+    layer = Layer([[large], [bytes(300_000), b"tail"], [b"x"]], zeros=[1])
+    async with (
+        open_peer(tmp_path / "a", layer) as a,
+        open_peer(tmp_path / "b", layer, chunks=()) as b,
+    ):
+        await b.exchange.connect("127.0.0.1", a.port)
+        await fetch(b, a)
+        assert check_content(b.segment, layer) == 4
+
+
+async def test_chunk_that_goes_away_while_it_is_asked_for_is_missing(tmp_path: Path) -> None:
+    async with pair(tmp_path, uploads=Uploads(bytes_per_second=2_000_000)) as (a, b):
+        outcome = []
+
+        async def ask() -> None:
+            outcome.append(
+                await b.exchange.fetch(
+                    a.id, b.swarm, b.segment.table, list(range(COUNT)), priority=0, landed=b.landed
+                )
+            )
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await settled(lambda: b.segment.presence.has(0))
+            for n in range(COUNT - 5, COUNT):
+                a.segment.presence.clear(n)
+        assert outcome[0].missing == list(range(COUNT - 5, COUNT))
+        assert b.missing() == outcome[0].missing

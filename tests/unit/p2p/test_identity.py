@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2pgz.errors import PeerFault, StateError
@@ -191,6 +191,7 @@ CERTIFICATE = der(Identity.from_seed(bytes(32)))
 
 @settings(max_examples=200)
 @given(st.integers(0, len(CERTIFICATE) - 1), st.integers(1, 255))
+@example(12, 1)  # another X.509 version
 def test_damaged_certificates_prove_no_other_peer(at: int, change: int) -> None:
     damaged = bytearray(CERTIFICATE)
     damaged[at] ^= change

@@ -1,0 +1,162 @@
+"""The taking half of a connection: what callers ask of one peer, in their own tasks.
+
+The base of `p2p.connection.Connection`. A call puts requests on the books (`downloads`), queues frames, and verifies what
+arrives where it was asked for; it never writes to the stream itself, so that a caller may be cancelled at any point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from p2pgz.core.messages import (
+    DOCUMENT_MAX_BYTES,
+    REQUEST_CHUNKS_MAX,
+    RUNS_MAX,
+    DocWant,
+    Forget,
+    Frame,
+    Join,
+    Leave,
+    Want,
+    runs_of,
+)
+from p2pgz.core.peerid import PeerId
+from p2pgz.core.ports import Landed, PeerAnswer
+from p2pgz.core.standing import Fault
+from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.bitmaps import Bitmaps
+from p2pgz.p2p.downloads import Arrived, DocumentRequest, Downloads, Fetch, Request, batches, check_all
+from p2pgz.p2p.offers import WantedChunks
+from p2pgz.p2p.uploads import REQUESTS_MAX
+
+# bytes asked for and not yet here: enough for 1 Gbit/s over 100 ms, and what a peer can make us hold
+WINDOW_BYTES: Final = 16 << 20
+# Verified in the loop: hashing 64 KiB takes about as long as going to a thread and back
+THREAD_FROM_BYTES: Final = 96 << 10
+# what a peer is taken to give before it has given anything: half of 1 Gbit/s
+RATE_GUESS_BYTES_PER_SECOND: Final = 60e6
+
+
+class Asking(ABC):
+    """What one peer is asked for."""
+
+    def __init__(self, peer: PeerId, *, zstd: bool) -> None:
+        self.peer = peer
+        self.error: P2pgzError | None = None
+        """why the connection ended"""
+        self.bitmaps = Bitmaps()
+        self.downloads = Downloads(zstd=zstd)
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether nothing can be asked any more."""
+
+    @abstractmethod
+    def _say(self, frame: Frame) -> None:
+        """Queue a short frame; raises PeerFault when the peer does not read."""
+
+    @abstractmethod
+    def blame(self, error: P2pgzError, fault: Fault) -> None:
+        """End the connection because of what the peer's bytes turned out to be."""
+
+    def expected_seconds(self) -> float:
+        """Estimate of how long a chunk asked for now takes: round trip, and what is queued before it."""
+        link = self.downloads.link
+        rate = link.bytes_per_second or RATE_GUESS_BYTES_PER_SECOND
+        return link.first_byte_seconds + self.downloads.outstanding_bytes / rate
+
+    async def fetch(
+        self, swarm: bytes, wanted: WantedChunks, chunks: Sequence[int], *, priority: int, landed: Landed
+    ) -> PeerAnswer:
+        """Ask for chunks (ascending) and give them, verified, to `landed` as they arrive.
+
+        Safe to cancel: the peer is told to forget. Raises ChunkCorrupt when a chunk has other bytes (those before it
+        have landed), SourceUnavailable when the connection ends.
+        """
+        todo = deque(batches(wanted, chunks, chunks_max=REQUEST_CHUNKS_MAX, runs_max=RUNS_MAX))
+        fetch = Fetch()
+        mine: list[Request] = []
+        try:
+            while True:
+                self._raise_if_ended()
+                while todo and not fetch.busy and self._has_room(wanted, todo[0]):
+                    batch = todo.popleft()
+                    request = self.downloads.ask(swarm, wanted, batch, fetch)
+                    mine.append(request)
+                    self._say(Want(request.number, priority, swarm, runs_of(batch)))
+                if fetch.arrived:
+                    arrived, fetch.arrived = fetch.arrived, []
+                    await self._land(arrived, landed)
+                    continue
+                mine = [request for request in mine if request.chunks]
+                if not mine and (not todo or fetch.busy):
+                    break
+                if todo and not fetch.busy:
+                    self.downloads.waiting_for_room.add(fetch)
+                await fetch.wait()
+        finally:
+            self.downloads.waiting_for_room.discard(fetch)
+            for request in mine:
+                if self.downloads.forget(request) and self.error is None:
+                    self._say_quietly(Forget(request.number))
+        fetch.busy += [n for batch in todo for n in batch]
+        return PeerAnswer(fetch.missing, sorted(fetch.busy), fetch.retry_seconds, fetch.alternatives)
+
+    def _has_room(self, wanted: WantedChunks, batch: Sequence[int]) -> bool:
+        downloads = self.downloads
+        if len(downloads.requests) + len(downloads.documents) >= REQUESTS_MAX:
+            return False
+        size = sum(wanted.size[n] for n in batch)
+        return not downloads.outstanding_bytes or downloads.outstanding_bytes + size <= WINDOW_BYTES
+
+    async def _land(self, arrived: list[Arrived], landed: Landed) -> None:
+        source = f"peer {self.peer}"
+        if sum(item.size for item in arrived) > THREAD_FROM_BYTES:
+            good, bad = await trio.to_thread.run_sync(check_all, arrived, source)
+        else:
+            good, bad = check_all(arrived, source)
+        if good:
+            await landed(good)
+        if bad is not None:
+            self.blame(bad, Fault.CORRUPT)
+            raise ChunkCorrupt(bad.what, hint=bad.hint) from bad
+
+    async def document(self, digest: bytes, *, limit_bytes: int = DOCUMENT_MAX_BYTES) -> bytes | None:
+        """A TOC, manifest or config by digest, not verified; None when the peer does not have it."""
+        self._raise_if_ended()
+        document, fetch = DocumentRequest(limit_bytes), Fetch()
+        number = self.downloads.new_number()
+        self.downloads.documents[number] = (document, fetch)
+        self._say(DocWant(number, digest))
+        try:
+            while not document.done:
+                await fetch.wait()
+                self._raise_if_ended()
+        finally:
+            self.downloads.leave_document(number)
+        return None if document.missing else b"".join(document.parts)
+
+    def follow(self, swarm: bytes) -> None:
+        """Ask for the bitmap of a swarm and its changes; `bitmaps` has them from then on."""
+        if not self.ended and self.bitmaps.follow(swarm):
+            self._say(Join(swarm))
+
+    def unfollow(self, swarm: bytes) -> None:
+        """No more of them."""
+        if not self.ended and self.bitmaps.unfollow(swarm):
+            self._say(Leave(swarm))
+
+    def _say_quietly(self, frame: Frame) -> None:
+        with contextlib.suppress(PeerFault):  # the connection is about to end for the same reason
+            self._say(frame)
+
+    def _raise_if_ended(self) -> None:
+        if self.error is not None:
+            raise SourceUnavailable(self.error.what, hint=self.error.hint) from self.error
