@@ -1,6 +1,6 @@
 """The exchange beside a bare trio TLS stream: bulk into the pool, 64 KiB on a warm connection, CPU per GB.
 
-    python tests/perf/exchange_bench.py [--mebibytes 256] [--runs 7] [--chunk-bytes 1048576] [--directory DIR]
+    python tests/perf/exchange_bench.py [--mebibytes 192] [--runs 7] [--chunk-bytes 1048576] [--directory DIR]
 
 Giver and taker are processes of their own. The yardstick's reader does what a pool must do at the least: sha256 and pwrite
 of every piece; its sender reads the same bytes from a file in the page cache. Runs alternate, medians are shown. CPU is
@@ -222,7 +222,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--give", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--mebibytes", type=int, default=256)
+    parser.add_argument("--mebibytes", type=int, default=192)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--chunk-bytes", type=int, default=1 << 20)
     parser.add_argument("--directory", default="/var/tmp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import stat
@@ -195,5 +196,5 @@ CERTIFICATE = der(Identity.from_seed(bytes(32)))
 def test_damaged_certificates_prove_no_other_peer(at: int, change: int) -> None:
     damaged = bytearray(CERTIFICATE)
     damaged[at] ^= change
-    with pytest.raises(PeerFault):
-        certified_peer(bytes(damaged))
+    with contextlib.suppress(PeerFault):  # a few bits of the encoding say nothing
+        assert certified_peer(bytes(damaged)) == Identity.from_seed(bytes(32)).peer_id
