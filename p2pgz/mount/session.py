@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from secrets import token_hex
@@ -34,6 +33,7 @@ from p2pgz.mount.channel import (
 )
 from p2pgz.mount.setup import Failed, Ready, SegmentFiles, SessionOptions
 from p2pgz.mount.spawner import Spawner
+from p2pgz.mount.stats import FsStats
 
 __all__ = ["FsHost", "FsSession", "FsStats", "SegmentFiles", "SessionOptions"]
 
@@ -54,24 +54,6 @@ Ensure = Callable[[int, int, int, int], Awaitable[None]]
 """`ensure(segment_index, first_chunk, count, priority)`: return when they are present; raises P2pgzError"""
 Observe = Callable[[int, int, int, int], None]
 """`observe(ino, segment_index, first_chunk, count)`: a file was read for the first time"""
-
-
-@dataclass(slots=True)
-class FsStats:
-    """What happened on one session's channel."""
-
-    requests: int = 0
-    answered: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    garbage: int = 0
-    """records that made no sense, and were ignored"""
-    unanswered_in_fs: int = 0
-    """requests without an answer, as of the last pong"""
-    lookups: int = 0
-    """names that the kernel asked for, as of the last pong (modulo 2^32)"""
-    reads: int = 0
-    """reads that the kernel sent, as of the last pong (modulo 2^32)"""
 
 
 class FsSession:
