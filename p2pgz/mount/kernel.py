@@ -120,8 +120,12 @@ def no_resend() -> ResendUnavailable:
     )
 
 
+def _release() -> str:
+    return os.uname().release
+
+
 def _kernel_version() -> tuple[int, ...]:
-    numbers = re.findall(r"[0-9]+", os.uname().release.partition("-")[0])
+    numbers = re.findall(r"[0-9]+", _release().partition("-")[0])
     return tuple(int(number) for number in numbers[:3])
 
 
