@@ -89,8 +89,6 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ephemeral_linger_seconds: Seconds = 10.0
     """a node that a command started for itself ends this long after its last mount"""
-    drain_seconds: Seconds = 10.0
-    """how long SIGTERM waits for work in flight"""
 
 
 class MountAtStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -111,7 +111,7 @@ class StateError(P2pgzError):
 
 
 class PoolFull(P2pgzError):
-    """No room on the disk for chunk bytes; what was fetched is served but not kept."""
+    """No room on the disk for chunk bytes: the read that needed them fails, and works again once there is room."""
 
     errno_value = errno.ENOSPC
     retryable = True

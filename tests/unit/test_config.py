@@ -21,7 +21,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
     assert loaded.origins["fetch.fill"] == "file"
     assert loaded.origins["fetch.fill_bytes_per_second"] == "environment"
     assert loaded.origins["fetch.read_deadline_seconds"] == "flag"
-    assert loaded.origins["node.drain_seconds"] == "default"
+    assert loaded.origins["mount.suid"] == "default"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,9 @@ def test_the_printed_default_is_the_default_and_explains_every_key():
     text = config.dump_default()
     assert msgspec.convert(tomllib.loads(text), config.Config) == config.Config()
     lines = text.splitlines()
-    keys = [number for number, line in enumerate(lines) if " = " in line and not line.startswith(("#", "version"))]
+    keys = [
+        number for number, line in enumerate(lines) if " = " in line and not line.startswith(("#", "version"))
+    ]
     assert len(keys) > 10
     assert all(lines[number - 1].startswith("# ") for number in keys)
 
