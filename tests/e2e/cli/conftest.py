@@ -56,16 +56,21 @@ def p2pgz(make_p2pgz: Callable[..., P2pgz]) -> P2pgz:
     return make_p2pgz()
 
 
-@pytest.fixture(scope="module")
-def shared(disk: Path) -> Iterator[P2pgz]:
-    """One running node for the module."""
-    folder = Path(tempfile.mkdtemp(dir=disk))
+def start_node(folder: Path) -> P2pgz:
+    """A running node for several tests."""
     p2pgz = P2pgz(folder / "state")
     p2pgz.start_node()
-    # the first mount starts the process that all file systems are forked from: it belongs to this fixture, not to a test
+    # the first mount starts the process that all file systems are forked from: it belongs to the fixture, not to a test
     first = Layout(folder / "first").add("first", tar_layer({"file": b"first"}))
     with mounted(p2pgz, first, folder / "root"):
         pass
+    return p2pgz
+
+
+@pytest.fixture(scope="module")
+def shared(disk: Path) -> Iterator[P2pgz]:
+    """One running node for the module."""
+    p2pgz = start_node(Path(tempfile.mkdtemp(dir=disk)))
     yield p2pgz
     p2pgz.close()
 

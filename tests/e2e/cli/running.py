@@ -135,14 +135,18 @@ class P2pgz:
         )
         return process.pid
 
-    def status(self) -> dict[str, Any]:
-        """What `p2pgz status --json` prints, asked for without starting a process."""
+    def ask(self, method: str, path: str, request: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """A request to the control socket, without starting a process; the lines of the answer."""
         connection = http.client.HTTPConnection("localhost")
         with contextlib.closing(connection):
             connection.sock = connect(self.state / "api.sock")
-            connection.request("GET", "/v1/status", headers={"Connection": "close"})
-            document: dict[str, Any] = json.load(connection.getresponse())
-        return document
+            body = None if request is None else json.dumps(request)
+            connection.request(method, path, body, {"Connection": "close"})
+            return [json.loads(line) for line in connection.getresponse()]
+
+    def status(self) -> dict[str, Any]:
+        """What `p2pgz status --json` prints."""
+        return self.ask("GET", "/v1/status")[0]
 
     def mounts(self) -> list[str]:
         """The directories that the node has mounts at."""
