@@ -202,7 +202,7 @@ def test_errors_as_json(shared: P2pgz, image: str, home: Path, words: list[str],
 
 
 @pytest.mark.parametrize(
-    "words", [["--no-such-option"], ["moutn"], ["mount"], ["umount"], ["mount", "a", "b", "c"]]
+    "words", [["--no-such-option"], ["mountt"], ["mount"], ["umount"], ["mount", "a", "b", "c"]]
 )
 def test_called_wrongly(shared: P2pgz, words: list[str]) -> None:
     assert "Usage" in shared.fails(USAGE, *words)
