@@ -275,14 +275,30 @@ class Exchange:
         return None
 
     async def _tell(self) -> None:
+        """Look at each followed bitmap once per round, however many peers follow it: most have not changed."""
+        last: dict[bytes, bytes | None] = {}
         while True:
             await trio.sleep(TELL_SECONDS)
-            for connection in self.connections():
-                if connection.serving.joined:
-                    try:
-                        connection.serving.tell_changes()
-                    except PeerFault as error:
-                        connection.blame(error, Fault.SLOW)
+            followers = [c for c in self.connections() if c.serving.joined]
+            joined = {swarm for connection in followers for swarm in connection.serving.joined}
+            bits = {swarm: self._bits(swarm) for swarm in joined}
+            changed = {swarm for swarm in joined if swarm not in last or last[swarm] != bits[swarm]}
+            last = bits
+            if not changed:
+                continue
+            for connection in followers:
+                try:
+                    connection.serving.tell_changes(changed)
+                except PeerFault as error:
+                    connection.blame(error, Fault.SLOW)
+
+    def _bits(self, swarm: bytes) -> bytes | None:
+        try:
+            offer = self._offers.swarm(swarm)
+            return offer.bits() if offer is not None else None
+        except Exception:  # one broken segment must not keep the others from being told
+            log.exception("peer.bug")
+            return None
 
     def status(self) -> list[dict[str, Any]]:
         """The open connections for `p2pgz status`."""

@@ -31,10 +31,8 @@ from p2pgz.core.messages import (
 from p2pgz.core.wirezstd import COMPRESS_TO_BYTES, compress
 from p2pgz.errors import PeerFault
 from p2pgz.p2p.offers import Offer, Offers
-from p2pgz.p2p.uploads import RETRY_MS, UploadQueue, Uploads
+from p2pgz.p2p.uploads import BATCH_BYTES, RETRY_MS, UploadQueue, Uploads
 
-# What is sent in one go, besides a single larger part: long enough to be cheap, short enough for a more urgent request
-BATCH_BYTES: Final = 256 << 10
 # Requests refused one after the other before the peer loses the connection: it does not heed BUSY
 REFUSALS_MAX: Final = 1024
 # a host has some hundred layers
@@ -119,9 +117,12 @@ class Serving:
         """The peer does not follow this one any more."""
         self.joined.pop(swarm, None)
 
-    def tell_changes(self) -> None:
-        """Tell what changed in the bitmaps that the peer follows."""
-        for swarm, last in list(self.joined.items()):
+    def tell_changes(self, swarms: Iterable[bytes]) -> None:
+        """Tell what changed in those of these swarms that the peer follows. Raises PeerFault when it does not read."""
+        for swarm in swarms:
+            if swarm not in self.joined:
+                continue
+            last = self.joined[swarm]
             offer = self._offers.swarm(swarm)
             bits = offer.bits() if offer is not None and offer.chunk_count <= BITMAP_CHUNKS_MAX else None
             if bits == last:

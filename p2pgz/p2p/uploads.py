@@ -26,6 +26,10 @@ WAITING_MAX: Final = 2 * SLOTS
 REQUESTS_MAX: Final = 64
 QUEUED_CHUNKS_MAX: Final = 8192
 RETRY_MS: Final = 100
+# What is sent in one go, besides a single larger part: long enough to be cheap, short enough for a more urgent request
+BATCH_BYTES: Final = 256 << 10
+# well within the time after which a peer without an answer takes us for dead
+WAIT_MAX_SECONDS: Final = 1.0
 # One worker compresses: the other core is the reader's
 _ZSTD_WORKERS: Final = 1
 # one thread makes 387 MB/s of level 1: a link that takes this much raw needs no help
@@ -156,8 +160,11 @@ class Uploads:
 
     @property
     def overloaded(self) -> bool:
-        """Whether a peer is better off elsewhere: all slots are taken and others wait for them."""
-        return self._slots.statistics().tasks_waiting >= WAITING_MAX
+        """Whether a peer is better off elsewhere: those that wait for a slot would keep it waiting for too long."""
+        waiting = self._slots.statistics().tasks_waiting
+        if self._bytes_per_second and waiting * BATCH_BYTES > self._bytes_per_second * WAIT_MAX_SECONDS:
+            return True
+        return waiting >= WAITING_MAX
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:

@@ -28,6 +28,7 @@ from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials, Handshaken, accept
 from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.listener import PeerListener, listen
+from p2pgz.p2p.plane import open_plane
 from p2pgz.p2p.uploads import Uploads
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.testing.conformance_pool import Layer
@@ -88,17 +89,8 @@ async def open_peer(
             segment, layer.all_verified() if chunks is None else [(n, layer.verified(n)) for n in chunks]
         )
         known = credentials or Credentials.make(identity or Identity.new(), admission or Admission())
-        async with (
-            Exchange.open(known, PoolOffers(pool), uploads or Uploads()) as exchange,
-            trio.open_nursery() as nursery,
-        ):
-            listeners = await listen("127.0.0.1", 0)
-            await nursery.start(PeerListener(exchange.accept).serve, listeners)
-            port = listeners[0].socket.getsockname()[1]
-            try:
-                yield Peer(pool, segment, layer, exchange, port)
-            finally:
-                nursery.cancel_scope.cancel()
+        async with open_plane(known, PoolOffers(pool), uploads or Uploads(), host="127.0.0.1") as plane:
+            yield Peer(pool, segment, layer, plane.exchange, plane.port)
 
 
 Send = Callable[[bytes], Awaitable[None]]
@@ -180,6 +172,7 @@ async def _dies(send: Send, layer: Layer, request: int, n: int) -> None:
 
 
 async def _raises(send: Send, layer: Layer, request: int, n: int) -> None:
+    await trio.lowlevel.checkpoint()
     raise RuntimeError("a bug of this peer")
 
 
