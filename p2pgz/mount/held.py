@@ -173,7 +173,9 @@ class HolderClient:
     async def take_from_systemd(self) -> None:
         """Hand the holder what systemd kept of a service that ended altogether (FDSTORE). Best effort."""
         names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-        if os.environ.get("LISTEN_PID") != str(os.getpid()) or not any(names):
+        # once: a program that takes this one's place (`p2pgz upgrade`) has the same number and other descriptors
+        pid = os.environ.pop("LISTEN_PID", "")
+        if pid != str(os.getpid()) or not any(names):
             return
         for fd, name in enumerate(names, 3):
             mark, _, rest = name.partition("-")

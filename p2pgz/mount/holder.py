@@ -23,6 +23,7 @@ import array
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -305,6 +306,9 @@ def main(arguments: list[str]) -> int:
             file.write(text)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = socket.socket(fileno=int(arguments[0]))
     listener.setblocking(False)
     holder = Holder(listener, max(1, round(float(arguments[1]) / TICK_SECONDS)))

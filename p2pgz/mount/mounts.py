@@ -157,7 +157,7 @@ class Mounts:
                     continue
                 if session.options.socket_path:
                     Path(session.options.socket_path).unlink(missing_ok=True)
-                if session.exit_status == 0:
+                if session.exit_status == 0 and not session.is_draining:
                     return
                 successor = await self._servers.revive(mounted)
                 if successor is None:

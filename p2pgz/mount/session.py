@@ -23,14 +23,7 @@ import trio
 
 from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.mount import relink, setup
-from p2pgz.mount.channel import (
-    DATAGRAM_BYTES,
-    RECORDS_PER_DATAGRAM,
-    Kind,
-    Record,
-    decode,
-    encode,
-)
+from p2pgz.mount.channel import DATAGRAM_BYTES, RECORDS_PER_DATAGRAM, Kind, Record, decode, encode
 from p2pgz.mount.setup import Failed, Ready, SegmentFiles, SessionOptions
 from p2pgz.mount.spawner import Spawner
 from p2pgz.mount.stats import FsStats
@@ -39,9 +32,7 @@ __all__ = ["FsHost", "FsSession", "FsStats", "SegmentFiles", "SessionOptions"]
 
 log = structlog.get_logger(component="mount")
 
-START_SECONDS: Final = (
-    20.0  # a start takes milliseconds; a loaded machine imports pyfuse3 and trio for seconds
-)
+START_SECONDS: Final = 20.0  # milliseconds, but a loaded machine imports pyfuse3 and trio for seconds
 PING_SECONDS: Final = 1.0
 SILENT_PINGS: Final = 10  # pings without an answer, seconds apart: then something is wrong with the process
 EXIT_NOTICE_SECONDS: Final = 2.0
@@ -119,6 +110,11 @@ class FsSession:
             await event.wait()
         finally:
             self._pings.pop(number, None)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it was told to leave its mount to a successor: its end is then not the mount's."""
+        return self._draining.is_set()
 
     async def drain(self) -> None:
         """Have the process leave the kernel's requests to a successor and end once it has answered those it read; returns
@@ -293,9 +289,8 @@ class FsHost:
         self._spawner = Spawner(nursery, self._note_exit)
         self._by_pid: dict[int, FsSession] = {}
         self._starts = 0  # sessions that do not know their pid yet
-        self._early_exits: dict[
-            int, int
-        ] = {}  # processes that ended meanwhile: one of them may be such a session's
+        # processes that ended meanwhile: one of them may be such a session's
+        self._early_exits: dict[int, int] = {}
 
     @classmethod
     @asynccontextmanager

@@ -297,5 +297,6 @@ async def test_garbage_does_not_hurt_the_holder(image: ImageOnDisk, tmp_path: Pa
         with pytest.raises(MountUnavailable):
             await k.holder._ask({"op": "take", "id": "nothing"})
         assert list(await k.holder.held()) == [ID]
+        assert await call((k.root / "here").read_bytes) == CONTENT
         await call(unmount, k.root)
         await session.wait_closed()
