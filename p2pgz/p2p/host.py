@@ -16,7 +16,6 @@ import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
 from p2pgz.core.keyspace import Contact
@@ -26,7 +25,10 @@ from p2pgz.p2p.libp2p_streams import MessageReader, close_stream, framed, reset_
 
 log = structlog.get_logger(component="libp2p")
 
-DIAL_SECONDS = 5.0
+DIAL_SECONDS = 5.0  # all addresses, handshakes included
+CONNECT_SECONDS = 2.0  # TCP to one address
+ADDRESSES_DIALLED = 4
+CLOSE_SECONDS = 1.0
 CALL_SECONDS = 10.0  # open a stream, send, read the answer; callers have shorter deadlines of their own
 HANDLER_SECONDS = 15.0  # for one message of a peer to come, or its answer to go
 IDENTIFY_SECONDS = 5.0
@@ -35,7 +37,10 @@ HANDLERS_MAX = 128
 IDLE_SECONDS = 60.0
 CONNECTIONS_KEPT = 64  # beyond it the ones idle longest are closed, also before their minute is over
 TEND_SECONDS = 10.0
+CLOSE_ALL_SECONDS = 2.0
 MESSAGES_PER_STREAM = 1000
+_P2P_CODE = 0x01A5  # multicodec table
+_NETWORKS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 T = TypeVar("T")
 Answer = Callable[[Contact, bytes], Awaitable[bytes | None]]
@@ -207,18 +212,58 @@ class PeerHost:
             await dialling.wait()
             if not network.get_connections(peer):
                 raise SourceUnavailable("cannot be reached")
-        if not contact.addresses:
+        addresses = _dialable(contact.addresses, self.addresses)
+        if not addresses:
             raise SourceUnavailable("no address is known")
         done = self._dials[contact.peer] = trio.Event()
         try:
-            network.unblock_peer(peer)  # the library refuses to dial a peer for a minute after one failure
             with trio.fail_after(DIAL_SECONDS):
-                await self._host.connect(
-                    PeerInfo(peer, [Multiaddr(address) for address in contact.addresses])
-                )
+                await self._dial(peer, addresses)
         finally:
             del self._dials[contact.peer]
             done.set()
+
+    async def _dial(self, peer: ID, addresses: Sequence[bytes]) -> None:
+        """Try a peer's addresses in turn.
+
+        Not by the library's dialler: it waits for ever on a port that accepts and says nothing, refuses a peer for a minute
+        after one failure, and leaves the socket open when it is cancelled.
+        """
+        problem: Exception | None = None
+        for raw in addresses[:ADDRESSES_DIALLED]:
+            address = Multiaddr(raw)
+            host = address.value_for_protocol(address.protocols()[0].code)
+            try:
+                with trio.fail_after(CONNECT_SECONDS):
+                    stream = await trio.open_tcp_stream(
+                        str(host), int(address.value_for_protocol("tcp") or 0)
+                    )
+            except (OSError, trio.TooSlowError) as error:
+                problem = error
+                continue
+            try:
+                connection = await self._host.get_network().upgrade_outbound_raw_conn(
+                    RawConnection(TrioTCPStream(stream), True), peer
+                )
+            except Exception as error:  # noqa: BLE001  # the library raises dozens of types for a failed handshake
+                problem = error
+                stream.socket.close()
+                continue
+            except BaseException:
+                stream.socket.close()
+                raise
+            self._nursery.start_soon(self._close_after, connection, stream)
+            return
+        raise SourceUnavailable(_reason(problem)) from problem
+
+    async def _close_after(self, connection: Any, stream: trio.SocketStream) -> None:
+        """The library's closing does not reach the socket when it is cancelled."""
+        try:
+            await connection.event_closed.wait()
+        finally:
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                await connection.muxed_conn.event_closed.wait()
+            stream.socket.close()
 
     async def _met(self, peer: ID, dialled: bool) -> None:
         """Wait for what identify brings."""
@@ -235,10 +280,17 @@ class PeerHost:
                     protocols, addresses = frozenset(), ()
                 if protocols:
                     self.protocols[name] = protocols
-                    self._contacts[name] = contact = Contact(name, _dialable(addresses))
+                    self._contacts[name] = contact = Contact(name, _dialable(addresses, self.addresses))
                     self.on_peer(contact, dialled)
                     return
                 await trio.sleep(0.02)
+
+    async def _close_all(self) -> None:
+        """At the end: the library leaves sockets open when it is cancelled with connections."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_ALL_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for peer in self.connected():
+                    nursery.start_soon(self.disconnect, peer)
 
     async def _tend(self) -> None:
         """Close what nobody uses; forget what is gone."""
@@ -291,21 +343,27 @@ async def open_host(seed: bytes, *, announce: Sequence[str]) -> AsyncIterator[Pe
             yield peer_host
         except Exception as error:  # noqa: BLE001  # the caller's: raised below, outside the nursery's group
             failure = error
+        finally:
+            await peer_host._close_all()
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
-def _dialable(addresses: Sequence[bytes]) -> tuple[bytes, ...]:
-    """Plain TCP addresses, without the peer id at their end."""
+def _dialable(addresses: Sequence[bytes], own: Sequence[bytes]) -> tuple[bytes, ...]:
+    """Plain TCP addresses, without the peer id at their end, and none that is ours as well (bridges: 172.17.0.1)."""
     found = []
     for raw in addresses:
-        address = Multiaddr(raw)
-        names = [protocol.name for protocol in address.protocols()]
-        if names[-1:] == ["p2p"]:
-            address = address.decapsulate_code(0x01A5)
-            names.pop()
-        if len(names) == 2 and names[0] in ("ip4", "ip6", "dns", "dns4", "dns6") and names[1] == "tcp":
+        try:
+            address = Multiaddr(raw)
+            names = [protocol.name for protocol in address.protocols()]
+            if names[-1:] == ["p2p"]:
+                address = address.decapsulate_code(_P2P_CODE)
+                names.pop()
+        except Exception as error:  # noqa: BLE001  # peers send these bytes; the library raises many types
+            log.debug("address.malformed", reason=str(error)[:200])
+            continue
+        if len(names) == 2 and names[0] in _NETWORKS and names[1] == "tcp" and address.to_bytes() not in own:
             found.append(address.to_bytes())
     return tuple(dict.fromkeys(found))
 

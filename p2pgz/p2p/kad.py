@@ -23,7 +23,7 @@ from p2pgz.core.keyspace import Contact, kad_key, shared_bits
 from p2pgz.core.lookup import WIDTH, Lookup
 from p2pgz.core.pointers import PointerStore
 from p2pgz.core.providers import ProviderStore
-from p2pgz.errors import P2pgzError
+from p2pgz.errors import P2pgzError, PeerFault
 from p2pgz.p2p.kadmsg import KadMessage, Kind, decode, encode
 
 log = structlog.get_logger(component="dht")
@@ -111,6 +111,8 @@ class KadNode:
         """The answer to one message; None where there is none. Raises PeerFault when the stream deserves a reset."""
         request = decode(data)
         self.requests += 1
+        if not request.key and request.kind is not Kind.PING:
+            raise PeerFault("a DHT request without a key")
         if request.kind is Kind.ADD_PROVIDER:
             self._record(sender, request)
             return None

@@ -59,18 +59,14 @@ def encode(message: KadMessage) -> bytes:
 def decode(data: bytes) -> KadMessage:
     """The message in some bytes; raises PeerFault. Contacts and addresses that break a limit are left out."""
     if len(data) > MAX_MESSAGE_BYTES:
-        raise PeerFault(
-            f"a DHT message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}"
-        )
+        raise PeerFault(f"a DHT message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     wire = Message()
     try:
         wire.ParseFromString(data)
         kind = Kind(wire.type)
     except (DecodeError, ValueError) as error:
-        raise PeerFault(
-            "a DHT message is malformed, or asks for what this DHT does not keep"
-        ) from error
-    if len(wire.key) > MAX_KEY_BYTES or (not wire.key and kind is not Kind.PING):
+        raise PeerFault("a DHT message is malformed, or asks for what this DHT does not keep") from error
+    if len(wire.key) > MAX_KEY_BYTES:
         raise PeerFault(f"a DHT message has a key of {len(wire.key)} bytes")
     return KadMessage(
         kind=kind,

@@ -14,6 +14,7 @@ import trio
 from libp2p import create_identity_from_seed, new_host
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -64,6 +65,13 @@ class CachedTls(TLSTransport):  # type: ignore[misc]
         return self._contexts[server_side]
 
 
+class NoAutoConnector(AutoConnector):  # type: ignore[misc]
+    """Dials nobody. The library's own fills up to the middle between its watermarks, from whatever peer it has heard of."""
+
+    async def maybe_connect(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 class _FromLibp2p(logging.Filter):
     """Drops what the library logs through the root logger (`logging.debug(...)` instead of a logger of its own)."""
 
@@ -103,7 +111,7 @@ def make_host(seed: bytes, announce: list[str]) -> Any:
     """The library's host: noise first, TLS second, never plaintext; yamux; listens nowhere (we do that ourselves).
 
     Without `sec_opt` the library also offers plaintext. One connection per peer, since the dialler otherwise sits out its
-    250 ms race between addresses though the first one has succeeded. No watermarks, else it dials peers by itself.
+    250 ms race between addresses though the first one has succeeded.
     """
     keys = create_identity_from_seed(seed)
     host = new_host(
@@ -136,6 +144,7 @@ def make_host(seed: bytes, announce: list[str]) -> Any:
         enable_tcp=True,
     )
     swarm = host.get_network()
+    swarm.auto_connector = NoAutoConnector(swarm=swarm, auto_connect_interval=3600.0)
     swarm.retry_config = RetryConfig(max_retries=0)  # who dials again, and when, is decided above
     if not tls_can_serve():
         swarm.upgrader.security_multistream.multiselect.handlers.pop(TLS, None)

@@ -1,0 +1,201 @@
+"""Other implementations of Kademlia in one network with ours: go-libp2p-kad-dht, and py-libp2p's own KadDHT."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from p2pgz.core.digest import Digest
+from p2pgz.core.keyspace import Contact
+from p2pgz.core.peerid import PeerId
+from p2pgz.p2p.dht import Dht
+from p2pgz.testing.dht import contact_of, listening_dht, multiaddr_of
+from p2pgz.testing.kad_network import Things
+
+SOURCE = Path(__file__).parent / "dht_peer"
+CACHE = Path(__file__).parents[2] / ".cache"
+CHUNK = Digest.of(b"a chunk")
+TOC = Digest.of(b"a table of contents")
+
+
+@pytest.fixture(scope="session")
+def go_peer() -> Path:
+    """The Go program, built once for its sources: the build takes a minute where nothing is cached."""
+    sources = [SOURCE / name for name in ("go.mod", "go.sum", "main.go")]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    program = CACHE / f"dht_peer-{name}"
+    if not program.exists():
+        CACHE.mkdir(exist_ok=True)
+        subprocess.run(["go", "build", "-o", f"{program}.new", "."], cwd=SOURCE, check=True, timeout=280)
+        Path(f"{program}.new").rename(program)
+    return program
+
+
+needs_go = [pytest.mark.go, pytest.mark.skipif(shutil.which("go") is None, reason="needs a Go toolchain")]
+
+
+async def settle(*nodes: Dht) -> None:
+    """Wait until every node knows every other one."""
+    with trio.fail_after(20):
+        while any(len(node.kad.table) < len(nodes) - 1 for node in nodes):
+            await trio.sleep(0.05)
+
+
+class TestGo:
+    pytestmark = [*needs_go, pytest.mark.timeout(300)]
+
+    @pytest.mark.trio
+    async def test_go_client_finds_a_chunk_by_its_cid_at_its_holder(self, go_peer: Path) -> None:
+        things = Things()
+        things.own.add(CHUNK.raw)
+        async with (
+            listening_dht() as first,
+            listening_dht(first, holdings=things) as holder,
+            listening_dht(first) as third,
+        ):
+            await settle(first, holder, third)
+            found = await self.find(go_peer, first, CHUNK)
+        assert f"{PeerId(holder.host.peer)} [{_address(holder)}]\n" == found
+
+    @pytest.mark.trio
+    async def test_go_client_follows_a_pointer_to_the_providers_of_the_toc(self, go_peer: Path) -> None:
+        """The holder does not answer for the chunk: only the pointer, at a third node, leads to it."""
+        async with listening_dht() as first, listening_dht(first) as holder, listening_dht(first) as third:
+            await settle(first, holder, third)
+            holder.announcer.provide(TOC.multihash)
+            from p2pgz.core.pointers import Share
+
+            third.kad.pointers.put(
+                holder.host.peer, Share.of(TOC.raw, [CHUNK.raw], complete=True), trio.current_time()
+            )
+            with trio.fail_after(10):
+                while not first.kad.records.providers(TOC.multihash, trio.current_time()):
+                    await trio.sleep(0.05)
+            found = await self.find(go_peer, first, CHUNK)
+        assert f"{PeerId(holder.host.peer)} [{_address(holder)}]\n" == found
+
+    @pytest.mark.trio
+    async def test_our_node_finds_what_a_go_server_provides(self, go_peer: Path) -> None:
+        async with listening_dht() as first, listening_dht(first) as second:
+            await settle(first, second)
+            command = [go_peer, "serve", multiaddr_of(first), str(CHUNK.cid())]
+            async with _running(command) as process:
+                line = await _line(process)
+                assert line.startswith("ready "), line
+                peer = PeerId.parse(line.strip().rpartition("/")[2])
+                with trio.fail_after(10):
+                    found: list[Contact] = []
+                    while not found:
+                        found = await second.kad.find_providers(CHUNK.multihash)
+                assert [peer.raw] == [contact.peer for contact in found]
+                assert await second.kad.ping(found[0])
+
+    async def find(self, program: Path, bootstrap: Dht, digest: Digest) -> str:
+        command = [program, "find", multiaddr_of(bootstrap), str(digest.cid())]
+        with trio.fail_after(60):
+            done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+
+class TestPyLibp2p:
+    @pytest.mark.trio
+    async def test_its_dht_finds_our_chunk_and_we_find_its_records(self) -> None:
+        things = Things()
+        things.own.add(CHUNK.raw)
+        async with AsyncExitStack() as stack:
+            first = await stack.enter_async_context(listening_dht())
+            holder = await stack.enter_async_context(listening_dht(first, holdings=things))
+            await settle(first, holder)
+            host, theirs = await stack.enter_async_context(_library_dht(first))
+            found = await theirs.find_providers("1220" + CHUNK.hex)
+            assert {holder.host.peer} == {info.peer_id.to_bytes() for info in found}
+            assert await theirs.provide("1220" + TOC.hex)
+            with trio.fail_after(10):
+                while not first.kad.records.providers(TOC.multihash, trio.current_time()):
+                    await trio.sleep(0.05)
+            ours = await holder.kad.find_providers(TOC.multihash)
+            assert [host.get_id().to_bytes()] == [contact.peer for contact in ours]
+            holder.announcer.provide(Digest.of(b"ours").multihash)
+            with trio.fail_after(10):
+                while not theirs.provider_store.get_providers(Digest.of(b"ours").multihash):
+                    await trio.sleep(0.05)
+
+
+@asynccontextmanager
+async def _library_dht(bootstrap: Dht) -> AsyncIterator[tuple[Any, Any]]:
+    """py-libp2p's KadDHT under our protocol id, which it takes from a constant of each of its modules."""
+    from libp2p.custom_types import TProtocol
+    from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+    from libp2p.peer.id import ID
+    from libp2p.peer.peerinfo import PeerInfo
+    from libp2p.tools.anyio_service import background_trio_service
+    from multiaddr import Multiaddr
+
+    from p2pgz.p2p.libp2p_parts import make_host
+
+    modules = [
+        importlib.import_module(f"libp2p.kad_dht.{name}")
+        for name in ("common", "provider_store", "value_store", "peer_routing", "kad_dht")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "PROTOCOL_ID", TProtocol("/p2pgz/kad/1.0.0"))
+        listener_port = await _free_port()
+        address = f"/ip4/127.0.0.1/tcp/{listener_port}"
+        host = make_host(b"7" * 32, [address])
+        async with host.run(listen_addrs=[Multiaddr(address)]):
+            theirs = KadDHT(host, DHTMode.SERVER)
+            async with background_trio_service(theirs):
+                contact = contact_of(bootstrap)
+                info = PeerInfo(ID(contact.peer), [Multiaddr(raw) for raw in contact.addresses])
+                await host.connect(info)
+                await theirs.routing_table.add_peer(info)
+                yield host, theirs
+            # stopped with connections, it leaves their sockets to the collector
+            for peer in host.get_connected_peers():
+                await host.disconnect(peer)
+
+
+async def _free_port() -> int:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port: int = listeners[0].socket.getsockname()[1]
+    await listeners[0].aclose()
+    return port
+
+
+@asynccontextmanager
+async def _running(command: list[Any]) -> AsyncIterator[trio.Process]:
+    async with trio.open_nursery() as nursery:
+        process = await nursery.start(
+            lambda task_status: trio.run_process(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False, task_status=task_status
+            )
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            nursery.cancel_scope.cancel()
+
+
+async def _line(process: trio.Process) -> str:
+    assert process.stdout is not None
+    text = b""
+    with trio.fail_after(60):
+        while not text.endswith(b"\n"):
+            text += await process.stdout.receive_some()
+    return text.decode()
+
+
+def _address(dht: Dht) -> str:
+    return multiaddr_of(dht).rpartition("/p2p/")[0]
