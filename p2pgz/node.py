@@ -28,10 +28,12 @@ from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
-from p2pgz.image.open import ImageOpener, OpenImage
+from p2pgz.image.open import TREES, ImageOpener, OpenImage
 from p2pgz.image.verify import verify_image
+from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
+from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
 from p2pgz.pool.catalog import MountRecord, TagRecord
@@ -52,6 +54,7 @@ from p2pgz.web.api import (
 
 log = structlog.get_logger(component="node")
 
+MODES = ("auto", "tree", "erofs")
 API_SOCKET = "api.sock"
 DESCRIPTOR_SOCKET = "fd.sock"
 Tell = Callable[[dict[str, object]], None]
@@ -126,8 +129,8 @@ class Node:
 
     async def mount(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """Open the image, start its file system and leave the mount's descriptor for the command."""
-        if request.mode == "erofs":
-            raise UsageError("--mode erofs is not available", hint="use --mode auto or --mode tree")
+        if request.mode not in MODES:
+            raise UsageError(f"mode {request.mode!r} is not known", hint=f"use one of {', '.join(MODES)}")
         async with self._in_use():
             image = await self._open(request, progress)
             await self._pool.catalog.set_tag(
@@ -141,7 +144,8 @@ class Node:
                 "reference": image.reference,
                 "digest": str(image.digest),
                 "dir": request.directory,
-                "mode": "tree",
+                "mode": mounted.mode,
+                "mode_reason": mounted.mode_reason,
                 "bytes": image.tree.total_bytes,
                 "warnings": image.warnings,
             }
@@ -154,6 +158,7 @@ class Node:
             dev=request.dev or defaults.dev,
             context=request.context or defaults.context,
             fill=self._config.fetch.fill if request.fill is None else request.fill,
+            mode=request.mode,
             persist=request.persist,
         )
 
@@ -167,9 +172,7 @@ class Node:
         for wanted in self._config.mounts:
             if any(record.directory == wanted.directory for record, _ in again):
                 continue
-            request = MountRequest(
-                reference=wanted.reference, directory=wanted.directory, mode=wanted.mode
-            )
+            request = MountRequest(reference=wanted.reference, directory=wanted.directory, mode=wanted.mode)
             nursery.start_soon(self._mount_here, request, self._options(request), None)
 
     async def _mount_here(
@@ -348,12 +351,16 @@ async def open_node(
             read_deadline_seconds=config.fetch.read_deadline_seconds,
         )
         opener = ImageOpener(pool, fetcher, state_path)
+        segments = await stack.enter_async_context(SegmentClient.open(run_path))
+        erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
+        nursery.start_soon(erofs.prepare)
         servers = Servers(
             host,
             holder,
             fetcher,
             read_deadline_seconds=config.fetch.read_deadline_seconds,
             resend=config.mount.resend,
+            erofs=erofs,
         )
         mounts = Mounts(servers, pool.catalog, fetcher, nursery, config.fetch, boot_id())
         node = Node(config, pool, fetcher, opener, mounts, Sources(config.registry, stack), nursery)

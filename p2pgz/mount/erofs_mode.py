@@ -65,6 +65,15 @@ class ErofsMode:
         self._testing = trio.Lock()
         self._writing: dict[Path, trio.Lock] = {}
 
+    async def prepare(self) -> None:
+        """Have the answer, and the segment host, before the first mount asks."""
+        decision = await self.decide("auto")
+        if decision.erofs:
+            try:
+                await self._client.prepare()
+            except MountUnavailable as error:
+                log.warning("segments.not_started", reason=str(error))
+
     async def decide(self, mode: str) -> Decision:
         """For `--mode auto`, `tree` or `erofs`; raises MountUnavailable when erofs is a must and cannot be."""
         if mode == "tree":

@@ -24,9 +24,10 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.open import OpenImage
 from p2pgz.mount.records import MountDocument, MountOptions, from_record, to_record
 from p2pgz.mount.relink import mount_id_of
-from p2pgz.mount.servers import Served, Servers
+from p2pgz.mount.servers import EROFS, Served, Servers
 from p2pgz.mount.session import FsSession
-from p2pgz.mount.umount import FS_TYPE, top_mount
+from p2pgz.mount.setup import READ_AHEAD_COMPLETE_KB
+from p2pgz.mount.umount import FS_TYPE, is_ours, top_mount
 from p2pgz.pool.catalog import Catalog, MountRecord
 
 __all__ = ["Mount", "MountDocument", "MountOptions", "Mounts"]
@@ -121,6 +122,8 @@ class Mounts:
             token="" if attached else secrets.token_urlsafe(16),
             image=served.image,
             options=served.options,
+            mode=served.mode,
+            mode_reason=served.mode_reason,
             session=session,
             claimed=attached,
         )
@@ -139,6 +142,7 @@ class Mounts:
 
                 async def fill_all() -> None:
                     await fill(self._fetcher, mounted.image.segments, delay_seconds=delay)
+                    mounted.session.set_read_ahead(READ_AHEAD_COMPLETE_KB)
 
                 nursery.start_soon(fill_all)
             await self._serve(mounted)
@@ -157,8 +161,8 @@ class Mounts:
                     continue
                 if session.options.socket_path:
                     Path(session.options.socket_path).unlink(missing_ok=True)
-                if session.exit_status == 0 and not session.is_draining:
-                    return
+                if (session.exit_status == 0 and not session.is_draining) or mounted.mode == EROFS:
+                    return  # another segment host cannot take over: the kernel opens the devices once
                 successor = await self._servers.revive(mounted)
                 if successor is None:
                     return
@@ -176,11 +180,16 @@ class Mounts:
         directory = mounted.options.directory
         left = top_mount(directory) if directory else None
         others = any(other.options.directory == directory for other in self._mounts.values())
-        if left is not None and left.fs_type == FS_TYPE and not others:
+        if left is not None and is_ours(left) and not others:
             error = MountUnavailable(
                 f"{directory}: its file system process and the holder are gone",
                 hint="`p2pgz mount` it there again",
             )
+            if mounted.mode == EROFS:
+                error = MountUnavailable(
+                    f"{directory}: the process that fetches its missing bytes is gone",
+                    hint="`p2pgz umount` it, then mount it again",
+                )
             log.error("mount.lost", reference=mounted.image.reference, directory=directory, reason=str(error))
             self._lost[directory] = {**self._describe(mounted), "state": "lost", "error": str(error)}
             return  # its record stays: a persistent one is mounted again at the next start
@@ -277,7 +286,7 @@ class Mounts:
         for mounted in list(self._mounts.values()):
             async with mounted.changing:
                 old = mounted.session
-                if only_other_versions and old.options.version == __version__:
+                if mounted.mode == EROFS or (only_other_versions and old.options.version == __version__):
                     continue
                 try:
                     mounted.session = await self._servers.replace(mounted, old)
@@ -321,7 +330,7 @@ class Mounts:
         documents = [self._describe(mounted) for mounted in self._mounts.values()]
         for directory, document in list(self._lost.items()):
             left = top_mount(directory)
-            if left is None or left.fs_type != FS_TYPE or self.has(directory):
+            if left is None or not is_ours(left) or self.has(directory):
                 del self._lost[directory]
             else:
                 documents.append(document)
@@ -335,7 +344,8 @@ class Mounts:
             "ref": image.reference,
             "digest": str(image.digest),
             "dir": mounted.options.directory,
-            "mode": "tree",
+            "mode": mounted.mode,
+            "mode_reason": mounted.mode_reason,
             "bytes": total,
             "present_bytes": present,
             "state": "complete" if present >= total else "lazy",

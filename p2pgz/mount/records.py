@@ -20,6 +20,7 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     dev: bool = False
     context: str = ""
     fill: bool = True
+    mode: str = "auto"
     persist: bool = False
     """mount it again after a reboot"""
 

@@ -76,12 +76,21 @@ class SegmentClient:
                 client._stop()
                 nursery.cancel_scope.cancel()
 
+    async def prepare(self) -> None:
+        """Start the host; the first mount need not wait for it then."""
+        if self._control is None:
+            await self._start()
+
     async def start_session(
         self, opening: ErofsPart, options: SessionOptions, ensure: Ensure, observe: Observe | None = None
     ) -> FsSession:
         """Mount; the session has the detached mount's descriptor. Raises MountUnavailable or StateError."""
         if self._run_path is not None and not options.socket_path:
-            options = msgspec.structs.replace(options, socket_path=self._run_path / f"fs-{token_hex(8)}.sock")
+            options = msgspec.structs.replace(
+                options,
+                socket_path=self._run_path
+                / relink.socket_name(options.hold_id or token_hex(8), token_hex(4)),
+            )
 
         async def ask(channel: trio.socket.SocketType) -> tuple[Ready, int]:
             await channel.send(hosting.encode(opening))

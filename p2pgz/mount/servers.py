@@ -21,6 +21,7 @@ from p2pgz.errors import MountUnavailable, P2pgzError, ResendUnavailable, StateE
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.open import OpenImage
 from p2pgz.mount.attach import move_mount
+from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient
 from p2pgz.mount.kernel import no_resend
 from p2pgz.mount.records import MountOptions
@@ -29,6 +30,8 @@ from p2pgz.mount.umount import check_mount_point, clear_dead_mount
 
 log = structlog.get_logger(component="mount")
 
+TREE: Final = "tree"
+EROFS: Final = "erofs"
 DRAIN_SECONDS: Final = 5.0
 RETRY_START_SECONDS: Final = 0.1
 RETRY_MAX_SECONDS: Final = 5.0  # the holder gives the mount up after a minute without success
@@ -41,6 +44,9 @@ class Served:
     id: str
     image: OpenImage
     options: MountOptions
+    mode: str = TREE
+    mode_reason: str = ""
+    """why it is tree mode"""
 
 
 class Servers:
@@ -54,15 +60,21 @@ class Servers:
         *,
         read_deadline_seconds: float,
         resend: bool,
+        erofs: ErofsMode | None = None,
     ) -> None:
         self._host = host
         self._holder = holder
         self._fetcher = fetcher
         self._read_deadline_seconds = read_deadline_seconds
         self._resend = resend
+        self._erofs = erofs
 
     async def start(self, served: Served, *, resume: bool = False, resend: bool = True) -> FsSession:
         """A process for a new mount, or with `resume` for one that the holder keeps."""
+        if not resume:
+            session = await self._start_erofs(served)
+            if session is not None:
+                return session
         await self._holder.ensure()
         if resume and resend and not self._resend:
             raise no_resend()
@@ -82,6 +94,36 @@ class Servers:
         )
         return await self._host.start_session(options, self._ensure(served.image))
 
+    async def _start_erofs(self, served: Served) -> FsSession | None:
+        """The mount in erofs mode; None when it is to be tree mode."""
+        if self._erofs is None:
+            return None
+        wanted = served.options.mode
+        decision = await self._erofs.decide(wanted)
+        served.mode_reason = decision.reason
+        if not decision.erofs:
+            return None
+        options = SessionOptions(
+            tree_path=served.image.tree_path,
+            segments=segment_files(served.image),
+            source_name=served.image.reference,
+            suid=served.options.suid,
+            dev=served.options.dev,
+            context=served.options.context,
+            read_deadline_seconds=self._read_deadline_seconds,
+            hold_id=served.id,
+        )
+        try:
+            session = await self._erofs.start(served.image, options, self._ensure(served.image))
+        except P2pgzError as error:
+            if wanted == EROFS:
+                raise
+            log.warning("erofs.not_used", reference=served.image.reference, reason=str(error))
+            served.mode_reason = error.what
+            return None
+        served.mode = EROFS
+        return session
+
     async def reattach(self, served: Served, socket_path: Path) -> FsSession:
         """Take over a process of an earlier node; raises MountUnavailable when it cannot go on."""
         await self._holder.ensure()
@@ -93,7 +135,10 @@ class Servers:
                 raise StateError("it serves another version of the image's tree")
             return files
 
-        return await self._host.reattach(socket_path, adopt, self._ensure(served.image))
+        session = await self._host.reattach(socket_path, adopt, self._ensure(served.image))
+        # the segment host keeps its one FUSE descriptor itself: only tree mode names a holder
+        served.mode = TREE if session.options.holder_path else EROFS
+        return session
 
     async def revive(self, served: Served) -> FsSession | None:
         """Another process for a mount whose own is dead or does not answer; None when the mount has ended or is lost."""

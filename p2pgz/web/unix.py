@@ -97,9 +97,15 @@ async def serve(
 
 
 async def send_descriptor(stream: trio.SocketStream, message: bytes, descriptor: int | None) -> None:
-    """Send a short message with at most one file descriptor."""
+    """Send a short message with at most one file descriptor.
+
+    Returns without letting other tasks run: the caller closes its descriptor of a mount before the receiver can be told that
+    the mount is busy.
+    """
     ancillary = []
     if descriptor is not None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))]
     with trio.fail_after(HANDSHAKE_SECONDS):
-        await stream.socket.sendmsg([message], ancillary)
+        await trio.lowlevel.wait_writable(stream.socket)
+    with socket.socket(fileno=os.dup(stream.socket.fileno())) as same:
+        same.sendmsg([message], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

