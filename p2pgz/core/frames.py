@@ -310,6 +310,6 @@ def encode(frame: Frame) -> bytes:
             kind, body = FrameType.PING, _U64.pack(token)
         case Pong(token):
             kind, body = FrameType.PONG, _U64.pack(token)
-        case Goodbye(reason, text):
+        case Goodbye(reason, text):  # pragma: no branch  # the last of all frames
             kind, body = FrameType.GOODBYE, _GOODBYE.pack(reason) + text.encode()[:REASON_MAX_BYTES]
     return _HEADER.pack(len(body), kind) + body

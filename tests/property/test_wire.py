@@ -202,3 +202,11 @@ def test_later_versions_may_append_to_the_hello(hello: Hello, more: bytes) -> No
 @given(st.sets(st.integers(0, 500)))
 def test_runs_name_the_chunks(chunks: set[int]) -> None:
     assert list(chunks_of(runs_of(sorted(chunks)))) == sorted(chunks)
+
+
+def test_requests_ask_for_something_and_for_not_too_much() -> None:
+    with pytest.raises(PeerFault, match="for nothing"):
+        opened().feed(encode(Want(1, 0, bytes(32), ())))
+    with pytest.raises(PeerFault, match="the limit is 4096"):
+        opened().feed(encode(Want(1, 0, bytes(32), ((0, 4097),))))
+    assert opened().feed(encode(Want(1, 0, bytes(32), ((0, 4096),)))) == [Want(1, 0, bytes(32), ((0, 4096),))]

@@ -156,3 +156,13 @@ def test_keys_that_can_be_guessed_are_refused() -> None:
         Admission(cluster_keys=[b"secret"])
     with pytest.raises(ConfigError, match="3 cluster keys"):
         Admission(cluster_keys=[KEY] * 3)
+
+
+def test_values_that_cannot_be_are_programming_errors() -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        PeerId.of_ed25519(b"short")
+    with pytest.raises(ValueError, match="32 bytes"):
+        statement(A, b"short", B)
+    with pytest.raises(ConfigError):
+        PeerId.parse("1" * 65)
+    assert sorted([C, A, B]) == [A, B, C]
