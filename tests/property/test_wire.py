@@ -210,3 +210,23 @@ def test_requests_ask_for_something_and_for_not_too_much() -> None:
     with pytest.raises(PeerFault, match="the limit is 4096"):
         opened().feed(encode(Want(1, 0, bytes(32), ((0, 4097),))))
     assert opened().feed(encode(Want(1, 0, bytes(32), ((0, 4096),)))) == [Want(1, 0, bytes(32), ((0, 4096),))]
+
+
+def test_fields_out_of_range_are_faults() -> None:
+    hello = encode(Hello(1, 1, 0, bytes(32), bytes(34)))
+    backwards = hello[: HEADER.size] + b"\x00\x02\x00\x01" + hello[HEADER.size + 4 :]
+    other = Alternative(bytes(34), "/ip4/10.0.0.1/tcp/1")
+    busy = encode(Busy(1, 2, (other,)))
+    for broken in (
+        backwards,
+        encode(Hello(1, 1, 0, bytes(32), bytes(34), b"", (bytes(32),) * 3)),
+        encode(Hello(1, 1, 0, bytes(32), bytes(45))),
+        encode(Busy(1, 60_001)),
+        busy.replace(b"/ip4", b"/ip\xff"),
+        HEADER.pack(len(busy) - HEADER.size + 1, FrameType.BUSY) + busy[HEADER.size :] + b"x",
+        encode(Bitmap(bytes(32), 9, b"\xff\x02")),
+        encode(Data(1, 2, DataFlag.RAW, 5, 5, b"x")),
+        encode(Doc(1, 0, 2**31, b"x")),
+    ):
+        with pytest.raises(PeerFault):
+            FrameReader(first=frozenset()).feed(broken)
