@@ -28,7 +28,9 @@ REPOSITORY = "team/app"
 @pytest.fixture
 def reader(make_p2pgz: Callable[..., P2pgz]) -> P2pgz:
     """A node whose reads give up soon."""
-    return make_p2pgz("reader", **QUICK)
+    p2pgz = make_p2pgz("reader", **QUICK)
+    p2pgz.start_node()
+    return p2pgz
 
 
 @pytest.fixture
