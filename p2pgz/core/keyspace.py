@@ -85,13 +85,10 @@ class KeySet:
                 ((middle, high), (low, middle)) if target >> bit & 1 else ((low, middle), (middle, high))
             )
             bit -= 1
-            if near[0] < near[1]:
-                self._collect(target, count, *near, bit, found)
-                if len(found) >= count:
-                    return
-            low, high = far
-            if low == high:
+            self._collect(target, count, *near, bit, found)
+            if len(found) >= count:
                 return
+            low, high = far
 
     def subtree(self, prefix_of: int, bits: int) -> list[int]:
         """The keys that share the first `bits` bits with `prefix_of`."""
@@ -106,15 +103,14 @@ class KeySet:
         wholes: one with `count` members serves all of its keys itself.
         """
         found: list[int] = []
-        for bits in range(KEY_BITS):
-            if len(among.subtree(newcomer, bits)) <= count:
-                found += self.subtree(newcomer, bits)
-                break
+        bits = 0
+        while len(among.subtree(newcomer, bits)) > count:
             beside = newcomer ^ (1 << (KEY_BITS - 1 - bits))
             keys = self.subtree(beside, bits + 1)
             if keys and len(among.subtree(beside, bits + 1)) < count:
                 found += [key for key in keys if newcomer in among.closest(key, count)]
-        return found
+            bits += 1
+        return found + self.subtree(newcomer, bits)
 
 
 class ContactSet:

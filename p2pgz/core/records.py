@@ -63,8 +63,8 @@ def encode_request(request: Request) -> bytes:
             return bytes([_OFFER]) + _OFFER_FIELDS.pack(toc, _COMPLETE * complete, count, fingerprint)
         case Share(toc, complete, prefixes):
             return bytes([_SHARE]) + _SHARE_FIELDS.pack(toc, _COMPLETE * complete) + prefixes
-        case Withdrawal(keys):
-            return bytes([_WITHDRAW]) + b"".join(bytes([len(key)]) + key for key in keys)
+        case withdrawal:
+            return bytes([_WITHDRAW]) + b"".join(bytes([len(key)]) + key for key in withdrawal.keys)
 
 
 def decode_request(message: bytes) -> Request:
