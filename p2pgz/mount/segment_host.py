@@ -157,7 +157,7 @@ class SegmentHost:
     async def _start(
         self, opening: hosting.ErofsPart, options: SessionOptions, connection: socket.socket
     ) -> _Hosted:
-        presences = [Presence.attach(files.presence_fd, files.presence_count) for files in options.segments]
+        presences = _attach(options)
         watch = WatchFile(self.operations.next_ino())
         hosted = _Hosted(options, presences, watch)
         hosted.link = HostedLink(
@@ -276,6 +276,8 @@ class SegmentHost:
         self.operations.remove(hosted.watch)
         for file in hosted.files:
             file.users = [user for user in file.users if user.link is not hosted.link]
+        for presence in hosted.presences:
+            presence.close()
         unused = [path for path, file in self._by_path.items() if not file.users]
         for path in unused[: max(0, len(unused) - UNUSED_FILES_KEPT)]:
             self.operations.remove(self._by_path.pop(path))
@@ -294,6 +296,20 @@ class SegmentHost:
                 await trio.to_thread.run_sync(
                     kernel.invalidate, self._mount.fuse_fd, ino, offset, size_bytes, abandon_on_cancel=True
                 )
+
+
+def _attach(options: SessionOptions) -> list[Presence]:
+    """The presence bitmaps of a mount; none and no descriptor is left when one is wrong."""
+    presences: list[Presence] = []
+    try:
+        for files in options.segments:
+            presences.append(Presence.attach(files.presence_fd, files.presence_count))  # noqa: PERF401
+    except BaseException:
+        setup.close_all([files.presence_fd for files in options.segments[len(presences) :]])
+        for presence in presences:
+            presence.close()
+        raise
+    return presences
 
 
 def main() -> None:

@@ -435,6 +435,21 @@ async def test_bad_input_is_a_named_error_and_leaves_nothing(
         assert alive(host.client.pid)
 
 
+async def test_host_keeps_nothing_of_mounts_that_ended(image: ImageOnDisk, tmp_path: Path) -> None:
+    async with hosting(tmp_path) as host:
+        await host.client.prepare()
+        counts = []
+        for _ in range(3):
+            sessions = [await host.mount(image, f"root{n}") for n in range(5)]
+            for n in range(5):
+                assert await call((tmp_path / f"root{n}" / "small").read_bytes) == SMALL
+                await call(unmount, tmp_path / f"root{n}")
+            for session in sessions:
+                await ended(session)
+            counts.append(len(os.listdir(f"/proc/{host.client.pid}/fd")))
+        assert len(set(counts)) == 1, counts
+
+
 async def test_long_paths(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 60) / ("longer" * 35)
     folder.mkdir(parents=True)
