@@ -110,6 +110,12 @@ class StateError(P2pgzError):
     exit_code = 15
 
 
+class StateInUse(StateError):
+    """Another node has the state directory, or is just leaving it."""
+
+    retryable = True
+
+
 class PoolFull(P2pgzError):
     """No room on the disk for chunk bytes: the read that needed them fails, and works again once there is room."""
 

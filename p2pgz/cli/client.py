@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from p2pgz import errors
-from p2pgz.errors import NodeUnavailable, P2pgzError, StateError
+from p2pgz.errors import NodeUnavailable, P2pgzError, StateError, StateInUse
 
 if TYPE_CHECKING:
     from p2pgz.cli.context import Settings
@@ -66,8 +66,10 @@ class _Connection(http.client.HTTPConnection):
 class NodeClient:
     """Talks to the node of one state directory."""
 
-    def __init__(self, run_path: Path) -> None:
+    def __init__(self, run_path: Path, start: Callable[[], None] | None = None) -> None:
         self.run_path = run_path
+        self._start = start
+        """starts a node: for when the one that was up ends just as it is asked"""
 
     def is_up(self) -> bool:
         """Whether a node listens."""
@@ -85,16 +87,28 @@ class NodeClient:
 
     def call(self, path: str, request: dict[str, Any], progress: Any = None) -> dict[str, Any]:
         """Run one request; progress lines go to `progress(event)`; returns the result or raises the node's error."""
-        with self._request("POST", path, request) as answer, _ended_node():
-            for line in answer:
-                event = json.loads(line)
-                if event["event"] in {"result", "error"}:
-                    return _result(event)
-                if progress is not None:
-                    progress(event)
-        raise NodeUnavailable(
-            "the node ended in the middle of the request", hint="see its log; run the command again"
-        )
+        heard = False
+        try:
+            with self._request("POST", path, request) as answer, _ended_node():
+                for line in answer:
+                    heard = True
+                    event = json.loads(line)
+                    if event["event"] in {"result", "error"}:
+                        return _result(event)
+                    if progress is not None:
+                        progress(event)
+                raise http.client.IncompleteRead(b"")
+        except NodeUnavailable:
+            if heard or self._start is None:
+                raise
+        self._start_again()
+        return self.call(path, request, progress)
+
+    def _start_again(self) -> None:
+        """Start a node in place of the one that ended, once."""
+        start, self._start = self._start, None
+        if start is not None:
+            start()
 
     def read(self, path: str, request: dict[str, Any]) -> Iterator[bytes]:
         """The bytes that a request answers with, in pieces; raises the node's error where it stopped."""
@@ -125,6 +139,8 @@ class NodeClient:
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> IO[bytes]:
         connection = _Connection(self.run_path / API_SOCKET)
         try:
+            if self._start is not None and not self.is_up():
+                self._start_again()
             connection.request(method, path, None if body is None else json.dumps(body))
             response = connection.getresponse()
         except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -169,15 +185,33 @@ def _result(event: dict[str, Any]) -> dict[str, Any]:
 def running_node(settings: Settings, *, start: bool = True) -> NodeClient:
     """The node of these settings; started for this command if none runs (`start`), ending after its last mount."""
     client = NodeClient(settings.run_path)
-    if client.is_up():
-        return client
     if not start:
-        raise NodeUnavailable(f"no node runs at {settings.run_path}", hint="start one with `p2pgz node`")
-    _start_node(settings, client)
-    return client
+        if not client.is_up():
+            raise NodeUnavailable(f"no node runs at {settings.run_path}", hint="start one with `p2pgz node`")
+        return client
+    if not client.is_up():
+        _start_node(settings, client)
+    return NodeClient(settings.run_path, lambda: _start_node(settings, client))
 
 
 def _start_node(settings: Settings, client: NodeClient) -> None:
+    """Start a node, or find that another command just has; waits for one that holds the lock and is ending."""
+    deadline = time.monotonic() + RIVAL_START_SECONDS
+    while True:
+        try:
+            _start_once(settings)
+        except StateInUse:
+            if client.is_up():
+                return
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _start_once(settings: Settings) -> None:
+    """Start a node and wait until it answers; raises what keeps it from starting."""
     command = [sys.executable, "-m", "p2pgz"]
     # absolute, since the node has another working directory
     command += ["--config", str(settings.config_path.absolute())] if settings.config_file else []
@@ -212,19 +246,8 @@ def _start_node(settings: Settings, client: NodeClient) -> None:
         return
     if said:
         process.wait()  # it has said why it ends
-        if said.get("type") == StateError.__name__ and _comes_up(client):
-            return  # two commands started a node at the same moment, and the other one won the lock
         _result(said)
     raise NodeUnavailable("the node did not start", hint=f"see {log_path}")
-
-
-def _comes_up(client: NodeClient) -> bool:
-    deadline = time.monotonic() + RIVAL_START_SECONDS
-    while time.monotonic() < deadline:
-        if client.is_up():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def _read_ready(ready: IO[bytes], process: subprocess.Popen[bytes]) -> dict[str, Any]:

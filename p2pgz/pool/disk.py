@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from p2pgz.errors import PoolFull, StateError
+from p2pgz.errors import PoolFull, StateError, StateInUse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -222,7 +222,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise StateError(
+            raise StateInUse(
                 f"{path.parent} is in use by another node (process {holder})",
                 hint="stop that node, or give this one its own --state-dir",
             ) from error
