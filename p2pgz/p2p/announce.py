@@ -132,6 +132,10 @@ class Announcer:
             self._joined.popitem(last=False)
         self._wake.set()
 
+    def look_again(self) -> None:
+        """The clock has jumped (a host that was suspended): do what has become due."""
+        self._wake.set()
+
     # -- what peers ask
 
     def answer(self, sender: Contact, data: bytes) -> bytes:

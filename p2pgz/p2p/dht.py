@@ -44,10 +44,13 @@ class Dht:
         bootstrap: Callable[[], Iterable[Contact]],
         nursery: trio.Nursery,
         protocol: str,
+        now: Callable[[], float],
     ) -> None:
         self.host = host
-        self.kad = KadNode(_HostNetwork(self), holdings=holdings, protocol=protocol)
-        self.announcer = Announcer(self.kad, random=random.SystemRandom().random, bootstrap=bootstrap)
+        self.kad = KadNode(_HostNetwork(self), holdings=holdings, protocol=protocol, now=now)
+        self.announcer = Announcer(
+            self.kad, random=random.SystemRandom().random, bootstrap=bootstrap, now=now
+        )
         self._admission = admission
         self._proofs = admission.proofs(identity.peer_id)
         self._nursery = nursery
@@ -194,6 +197,7 @@ async def open_dht(
     holdings: Holdings | None = None,
     bootstrap: Callable[[], Iterable[Contact]] = tuple,
     protocol: str = PROTOCOL,
+    now: Callable[[], float] = trio.current_time,
 ) -> AsyncIterator[Dht]:
     """A DHT node with our identity. `announce`: multiaddrs of the listener that gives its connections to `Dht.accept`.
 
@@ -209,6 +213,7 @@ async def open_dht(
             bootstrap=bootstrap,
             nursery=nursery,
             protocol=protocol,
+            now=now,
         )
         await nursery.start(dht.announcer.run)
         try:

@@ -272,7 +272,8 @@ class PeerHost:
         with trio.move_on_after(IDENTIFY_SECONDS):
             while self._host.get_network().get_connections(peer):
                 try:
-                    protocols = frozenset(str(protocol) for protocol in store.get_protocols(peer))
+                    identified = peer in self._host._identified_peers
+                    protocols = frozenset(map(str, store.get_protocols(peer))) if identified else frozenset()
                     addresses = (
                         tuple(address.to_bytes() for address in store.addrs(peer)) if protocols else ()
                     )
@@ -284,6 +285,17 @@ class PeerHost:
                     self.on_peer(contact, dialled)
                     return
                 await trio.sleep(0.02)
+
+    def _forget(self, peer: ID) -> None:
+        """What the peer said on an earlier connection: it may have restarted on another port.
+
+        The library asks a peer once, and adds what it says later to what it said before.
+        """
+        name = bytes(peer.to_bytes())
+        self._contacts.pop(name, None)
+        self.protocols.pop(name, None)
+        self._host.get_peerstore().clear_addrs(peer)
+        self._host.get_peerstore().clear_protocol_data(peer)
 
     async def _close_all(self) -> None:
         """At the end: the library leaves sockets open when it is cancelled with connections."""
@@ -319,8 +331,12 @@ class _Notifee:
         self._nursery = nursery
 
     async def connected(self, network: Any, connection: Any) -> None:
+        peer = connection.muxed_conn.peer_id
+        if len(network.get_connections(peer)) <= 1:
+            self._host._forget(peer)
+            self._host._host._schedule_identify(peer, reason="new connection")
         dialled = "outbound" in str(connection.direction).lower()
-        self._nursery.start_soon(self._host._met, connection.muxed_conn.peer_id, dialled)
+        self._nursery.start_soon(self._host._met, peer, dialled)
 
     async def disconnected(self, network: Any, connection: Any) -> None: ...
     async def opened_stream(self, network: Any, stream: Any) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -24,6 +24,7 @@ async def listening_dht(
     admission: Admission | None = None,
     contacts: Sequence[Contact] = (),
     protocol: str = PROTOCOL,
+    now: Callable[[], float] = trio.current_time,
 ) -> AsyncIterator[Dht]:
     """A node behind the one-port listener on 127.0.0.1, told of some other nodes."""
     known = [*(contact_of(dht) for dht in bootstrap), *contacts]
@@ -41,6 +42,7 @@ async def listening_dht(
             holdings=holdings,
             bootstrap=lambda: known,
             protocol=protocol,
+            now=now,
         ) as dht,
         trio.open_nursery() as nursery,
     ):

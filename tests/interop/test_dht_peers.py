@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import pytest
 import trio
 
 from p2pgz.core.digest import Digest
-from p2pgz.core.keyspace import Contact
+from p2pgz.core.keyspace import Contact, KeySet, kad_key
+from p2pgz.core.lookup import WIDTH
 from p2pgz.core.peerid import PeerId
 from p2pgz.p2p.dht import Dht
+from p2pgz.p2p.identity import Identity
 from p2pgz.testing.dht import contact_of, listening_dht, multiaddr_of
 from p2pgz.testing.kad_network import Things
 
@@ -45,9 +47,23 @@ needs_go = [pytest.mark.go, pytest.mark.skipif(shutil.which("go") is None, reaso
 
 async def settle(*nodes: Dht) -> None:
     """Wait until every node knows every other one."""
-    with trio.fail_after(20):
-        while any(len(node.kad.table) < len(nodes) - 1 for node in nodes):
+    with trio.fail_after(60):
+        while any(len(node.kad.table) < min(len(nodes) - 1, WIDTH) for node in nodes):
             await trio.sleep(0.05)
+
+
+async def grown(
+    stack: AsyncExitStack, first: Dht, identities: Sequence[Identity], now: Callable[[], float]
+) -> list[Dht]:
+    """Servers that join one after the other: all at once, 250 connections would be made by this one process."""
+    nodes: list[Dht] = []
+    for identity in identities:
+        node = await stack.enter_async_context(listening_dht(first, identity=identity, now=now))
+        with trio.fail_after(20):
+            while len(node.kad.table) < 0.8 * len(nodes):
+                await trio.sleep(0.05)
+        nodes.append(node)
+    return nodes
 
 
 class TestGo:
@@ -98,6 +114,53 @@ class TestGo:
                         found = await second.kad.find_providers(CHUNK.multihash)
                 assert [peer.raw] == [contact.peer for contact in found]
                 assert await second.kad.ping(found[0])
+
+    @pytest.mark.slow
+    @pytest.mark.trio
+    async def test_go_client_finds_a_chunk_a_day_later_when_all_but_its_holder_were_restarted(
+        self, go_peer: Path
+    ) -> None:
+        """Real sockets, a clock that is put forward hour by hour; the holder is not among the chunk's 20 closest servers."""
+        offset = 0.0
+
+        def now() -> float:
+            return trio.current_time() + offset
+
+        chunks = [hashlib.sha256(b"chunk %d" % number).digest() for number in range(200)]
+        identities = [Identity.from_seed(bytes([number]) * 32) for number in range(24)]
+        places = KeySet(kad_key(identity.peer_id.raw) for identity in identities)
+        own = kad_key(identities[0].peer_id.raw)
+        chunk = next(
+            each for each in map(Digest, chunks) if own not in places.closest(kad_key(each.multihash), WIDTH)
+        )
+        things = Things()
+        things.own.update(chunks)
+        async with listening_dht(identity=identities[0], holdings=things, now=now) as holder:
+            async with AsyncExitStack() as day:
+                others = await grown(day, holder, identities[1:], now)
+                holder.announcer.provide(TOC.multihash)
+                holder.announcer.hold(TOC.raw, lambda: chunks, complete=True)
+                with trio.fail_after(60):
+                    while sum(len(other.kad.pointers) for other in others) < 3 * len(chunks):
+                        await trio.sleep(0.1)
+                for _ in range(25):
+                    offset += 3600
+                    holder.announcer.look_again()
+                    await trio.sleep(0.2)
+                await trio.sleep(2)
+                assert (
+                    await self.find(go_peer, others[3], chunk)
+                    == f"{PeerId(holder.host.peer)} [{_address(holder)}]\n"
+                )
+            async with AsyncExitStack() as after:
+                others = await grown(after, holder, identities[1:], now)
+                with trio.fail_after(60):
+                    while sum(len(other.kad.pointers) for other in others) < 3 * len(chunks):
+                        await trio.sleep(0.1)
+                found = await self.find(go_peer, others[5], chunk)
+                ours = await others[7].kad.find_providers(chunk.multihash)
+        assert found == f"{PeerId(holder.host.peer)} [{_address(holder)}]\n"
+        assert ours == [contact_of(holder)]
 
     async def find(self, program: Path, bootstrap: Dht, digest: Digest) -> str:
         command = [program, "find", multiaddr_of(bootstrap), str(digest.cid())]

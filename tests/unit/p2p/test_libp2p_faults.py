@@ -188,6 +188,18 @@ async def test_junk_costs_the_stream_and_no_more(junk: bytes) -> None:
 
 
 @pytest.mark.trio
+async def test_peer_that_comes_back_on_another_port_is_known_by_that_only() -> None:
+    """The library keeps the addresses of earlier connections among those it gives out."""
+    identity = Identity.new()
+    async with listening_dht() as one:
+        for _ in range(3):
+            async with listening_dht(one, identity=identity) as other:
+                with trio.fail_after(5):
+                    while one.kad.table.get(other.host.peer) != contact_of(other):
+                        await trio.sleep(0.02)
+
+
+@pytest.mark.trio
 async def test_idle_connection_is_closed_and_made_again_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("p2pgz.p2p.host.TEND_SECONDS", 0.05)
     async with listening_dht() as one, listening_dht() as other:
