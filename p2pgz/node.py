@@ -28,7 +28,8 @@ from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
-from p2pgz.image.open import TREES, ImageOpener, OpenImage
+from p2pgz.image.open import TREES, ImageOpener
+from p2pgz.image.opened import OpenImage
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient
@@ -353,7 +354,6 @@ async def open_node(
         opener = ImageOpener(pool, fetcher, state_path)
         segments = await stack.enter_async_context(SegmentClient.open(run_path))
         erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
-        nursery.start_soon(erofs.prepare)
         servers = Servers(
             host,
             holder,

@@ -17,7 +17,7 @@ import trio
 
 from p2pgz.errors import MountUnavailable, PoolFull
 from p2pgz.image.erofs import FORMAT_VERSION, write_metadata
-from p2pgz.image.open import OpenImage
+from p2pgz.image.opened import OpenImage
 from p2pgz.mount.hosting import ErofsPart
 from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.session import Ensure, FsSession, SessionOptions
@@ -31,6 +31,10 @@ log = structlog.get_logger(component="mount")
 RESULT_NAME: Final = "erofs-self-test.json"
 NOT_ROOT: Final = "only root can mount EROFS"
 ASKED_FOR_TREE: Final = "asked for"
+# In tree mode a mount outlives every process of ours; the segment host has no holder yet, so erofs is a choice to be made
+AUTO_IS_TREE: Final = (
+    "auto is tree mode, which survives the loss of any process; --mode erofs is faster for metadata"
+)
 
 
 class Decision(NamedTuple):
@@ -65,24 +69,15 @@ class ErofsMode:
         self._testing = trio.Lock()
         self._writing: dict[Path, trio.Lock] = {}
 
-    async def prepare(self) -> None:
-        """Have the answer, and the segment host, before the first mount asks."""
-        decision = await self.decide("auto")
-        if decision.erofs:
-            try:
-                await self._client.prepare()
-            except MountUnavailable as error:
-                log.warning("segments.not_started", reason=str(error))
-
     async def decide(self, mode: str) -> Decision:
         """For `--mode auto`, `tree` or `erofs`; raises MountUnavailable when erofs is a must and cannot be."""
-        if mode == "tree":
-            return Decision(False, ASKED_FOR_TREE)
+        if mode != "erofs":
+            return Decision(False, ASKED_FOR_TREE if mode == "tree" else AUTO_IS_TREE)
         async with self._testing:
             if self._decision is None:
                 self._decision = await self._find_out()
         decision = self._decision
-        if mode == "erofs" and not decision.erofs:
+        if not decision.erofs:
             raise MountUnavailable(
                 f"erofs mode cannot be used on this host: {decision.reason}", hint="use --mode tree"
             )

@@ -54,7 +54,8 @@ def encode(message: ErofsPart | SelfTestPart | SelfTested) -> bytes:
 def decode_opening(datagram: bytes) -> ErofsPart | SelfTestPart:
     """How a channel begins; raises StateError for anything else."""
     try:
-        return _opening_decoder.decode(datagram)
+        message: ErofsPart | SelfTestPart = _opening_decoder.decode(datagram)
+        return message
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StateError(f"a message to the segment host is not understood: {error}") from error
 

@@ -21,7 +21,7 @@ from p2pgz.config import FetchConfig
 from p2pgz.errors import ImageNotFound, MountUnavailable, P2pgzError, StateError
 from p2pgz.fetch.background import fill, prefetch
 from p2pgz.fetch.service import ChunkFetcher
-from p2pgz.image.open import OpenImage
+from p2pgz.image.opened import OpenImage
 from p2pgz.mount.records import MountDocument, MountOptions, from_record, to_record
 from p2pgz.mount.relink import mount_id_of
 from p2pgz.mount.servers import EROFS, Served, Servers

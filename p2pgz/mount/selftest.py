@@ -22,6 +22,7 @@ import pyfuse3
 import trio
 
 from p2pgz.core.digest import Digest
+from p2pgz.core.layout import FileExtent
 from p2pgz.core.model import Chunk, Entry, Toc
 from p2pgz.errors import P2pgzError
 from p2pgz.image.erofs import write_metadata
@@ -191,6 +192,6 @@ def _metadata() -> bytearray:
         )
         for n, name in enumerate((_BROKEN, _KILLED))
     ]
-    extents = {n: (n * FILE_BYTES, n, 1) for n in range(len(entries))}
+    extents = {n: FileExtent(n * FILE_BYTES, n, 1) for n in range(len(entries))}
     tree = TreeFile(build_tree(merge_layers([LayerInput(Toc(digest, entries), extents, digest)])))
     return write_metadata(tree)

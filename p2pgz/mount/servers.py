@@ -19,7 +19,7 @@ import trio
 from p2pgz.core.schedule import Priority
 from p2pgz.errors import MountUnavailable, P2pgzError, ResendUnavailable, StateError
 from p2pgz.fetch.service import ChunkFetcher
-from p2pgz.image.open import OpenImage
+from p2pgz.image.opened import OpenImage
 from p2pgz.mount.attach import move_mount
 from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient

@@ -76,7 +76,8 @@ class PeerHost:
                 await stream.write(framed(message))
                 answer = await MessageReader(stream).message()
             except BaseException:
-                await reset_stream(stream)
+                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await reset_stream(stream)
                 raise
             await close_stream(stream)
             if answer is None:
@@ -94,7 +95,8 @@ class PeerHost:
                 for message in messages:
                     await stream.write(framed(message))
             except BaseException:
-                await reset_stream(stream)
+                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await reset_stream(stream)
                 raise
             await close_stream(stream)
 
@@ -298,11 +300,9 @@ class PeerHost:
         self._host.get_peerstore().clear_protocol_data(peer)
 
     async def _close_all(self) -> None:
-        """At the end: the library leaves sockets open when it is cancelled with connections."""
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_ALL_SECONDS):
-            async with trio.open_nursery() as nursery:
-                for peer in self.connected():
-                    nursery.start_soon(self.disconnect, peer)
+        async with trio.open_nursery() as nursery:
+            for peer in self.connected():
+                nursery.start_soon(self.disconnect, peer)
 
     async def _tend(self) -> None:
         """Close what nobody uses; forget what is gone."""
@@ -360,7 +360,9 @@ async def open_host(seed: bytes, *, announce: Sequence[str]) -> AsyncIterator[Pe
         except Exception as error:  # noqa: BLE001  # the caller's: raised below, outside the nursery's group
             failure = error
         finally:
-            await peer_host._close_all()
+            # stopped with connections, the library leaves their sockets open
+            with trio.move_on_after(CLOSE_ALL_SECONDS, shield=True):
+                await peer_host._close_all()
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure

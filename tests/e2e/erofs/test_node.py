@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from p2pgz.mount.erofs_mode import AUTO_IS_TREE
 from tests.e2e.cli.conftest import disk, home, make_p2pgz, p2pgz  # noqa: F401
 from tests.e2e.cli.layouts import Layout
 from tests.e2e.cli.running import P2pgz, mounted, mounted_at, umount, until
@@ -57,34 +58,34 @@ def mode_of(p2pgz: P2pgz, directory: Path) -> tuple[str, str]:  # noqa: F811
     return mount["mode"], mount["mode_reason"]
 
 
-def test_auto_takes_erofs_and_shows_the_same_as_tree_mode(p2pgz: P2pgz, home: Path, image: str) -> None:  # noqa: F811
+def test_both_modes_show_the_same_and_auto_is_the_one_that_survives(
+    p2pgz: P2pgz, home: Path, image: str
+) -> None:  # noqa: F811
     p2pgz.start_node()
     with (
         mounted(p2pgz, image, home / "auto"),
         mounted(p2pgz, image, home / "tree", "--mode", "tree"),
         mounted(p2pgz, image, home / "erofs", "--mode", "erofs"),
     ):
-        assert mode_of(p2pgz, home / "auto") == ("erofs", "")
+        assert mode_of(p2pgz, home / "auto") == ("tree", AUTO_IS_TREE)
         assert mode_of(p2pgz, home / "erofs") == ("erofs", "")
         assert mode_of(p2pgz, home / "tree") == ("tree", "asked for")
         assert differences(home / "tree", home / "auto") == []
         assert differences(home / "tree", home / "erofs") == []
         for name, data in FILES.items():
-            assert (home / "auto" / name).read_bytes() == data
+            assert (home / "erofs" / name).read_bytes() == data
     until(lambda: p2pgz.mounts() == [], "the mounts' end")
 
 
-def test_failed_self_test_means_tree_mode_and_says_why(p2pgz: P2pgz, home: Path, image: str) -> None:  # noqa: F811
+def test_failed_self_test_refuses_erofs_and_says_why(p2pgz: P2pgz, home: Path, image: str) -> None:  # noqa: F811
     p2pgz.start_node()
-    until(lambda: (p2pgz.state / RESULT).exists(), "the self-test")
-    result = json.loads((p2pgz.state / RESULT).read_text())
+    with mounted(p2pgz, image, home / "root", "--mode", "erofs"):
+        result = json.loads((p2pgz.state / RESULT).read_text())
     assert (result["passed"], result["reason"]) == (True, "")
     p2pgz.stop_node()
     result |= {"passed": False, "reason": "this kernel shows zeros"}
     (p2pgz.state / RESULT).write_text(json.dumps(result))
     p2pgz.start_node()
-    with mounted(p2pgz, image, home / "root"):
-        assert mode_of(p2pgz, home / "root") == ("tree", "this kernel shows zeros")
     (home / "other").mkdir()
     said = p2pgz.fails(UNMOUNTABLE, "mount", "--mode", "erofs", image, home / "other")
     assert "this kernel shows zeros" in said
@@ -92,17 +93,15 @@ def test_failed_self_test_means_tree_mode_and_says_why(p2pgz: P2pgz, home: Path,
     # another boot, another kernel perhaps: the answer of the last one does not count
     (p2pgz.state / RESULT).write_text(json.dumps(result | {"boot_id": "another"}))
     p2pgz.start_node()
-    with mounted(p2pgz, image, home / "root"):
+    with mounted(p2pgz, image, home / "root", "--mode", "erofs"):
         assert mode_of(p2pgz, home / "root") == ("erofs", "")
 
 
-def test_image_that_erofs_cannot_express_falls_back(p2pgz: P2pgz, home: Path) -> None:  # noqa: F811
+def test_image_that_erofs_cannot_express_is_refused_by_name_only(p2pgz: P2pgz, home: Path) -> None:  # noqa: F811
     image = Layout(home / "layout").add("odd", make_layer(**{"SCHILY.xattr.user.big": "v" * 65_536}))
     p2pgz.start_node()
     with mounted(p2pgz, image, home / "root"):
-        mode, reason = mode_of(p2pgz, home / "root")
-        assert mode == "tree"
-        assert "does not fit into EROFS" in reason
+        assert mode_of(p2pgz, home / "root")[0] == "tree"
         assert os.getxattr(home / "root" / "f0", "user.big") == b"v" * 65_536
     (home / "other").mkdir()
     said = p2pgz.run("mount", "--mode", "erofs", image, home / "other")
@@ -113,9 +112,9 @@ def test_image_that_erofs_cannot_express_falls_back(p2pgz: P2pgz, home: Path) ->
 
 def test_complete_image_is_read_without_p2pgz(p2pgz: P2pgz, home: Path, image: str) -> None:  # noqa: F811
     p2pgz.start_node()
-    with mounted(p2pgz, image, home / "first"):
+    with mounted(p2pgz, image, home / "first", "--mode", "erofs"):
         until(lambda: p2pgz.status()["mounts"][0]["state"] == "complete", "all chunks")
-    with mounted(p2pgz, image, home / "root"):
+    with mounted(p2pgz, image, home / "root", "--mode", "erofs"):
         with sqlite3.connect(f"file:{p2pgz.state / 'index.db'}?mode=ro", uri=True) as index:
             assert index.execute("SELECT native_served FROM segments").fetchall() == [(1,)]
         index.close()
@@ -125,14 +124,14 @@ def test_complete_image_is_read_without_p2pgz(p2pgz: P2pgz, home: Path, image: s
         for name, data in FILES.items():
             assert (home / "root" / name).read_bytes() == data
     until(lambda: p2pgz.mounts() == [], "the mount's end")
-    with mounted(p2pgz, image, home / "again"):
+    with mounted(p2pgz, image, home / "again", "--mode", "erofs"):
         assert mode_of(p2pgz, home / "again") == ("erofs", "")
 
 
 def test_next_node_takes_the_mount_over(p2pgz: P2pgz, home: Path, image: str) -> None:  # noqa: F811
     p2pgz.start_node()
     (home / "root").mkdir()
-    p2pgz.ok("mount", "--no-fill", image, home / "root")
+    p2pgz.ok("mount", "--mode", "erofs", "--no-fill", image, home / "root")
     assert (home / "root" / "f1").read_bytes() == FILES["f1"]
     p2pgz.stop_node(signal.SIGKILL)
     p2pgz.start_node()
