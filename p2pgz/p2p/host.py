@@ -1,8 +1,8 @@
 """The libp2p host behind a small interface: connections, and one request and answer per stream.
 
 Used by `p2p.dht`. Keeps away from callers what py-libp2p 0.8.1 does wrong: work on streams runs in tasks of the host's own,
-so that a caller's cancellation never meets a half-written frame; every wait has a deadline; handlers are guarded, since the
-library lets one exception end the host; inbound connections are accepted by our own listener.
+so that a caller's cancellation never meets a half-written frame; every wait has a deadline; handlers are guarded; connections
+are accepted and dialled by us.
 """
 
 from __future__ import annotations
