@@ -1,8 +1,8 @@
 """The libp2p host behind a small interface: connections, and one request and answer per stream.
 
 Used by `p2p.dht`. Keeps away from callers what py-libp2p 0.8.1 does wrong: work on streams runs in tasks of the host's own,
-so that a caller's cancellation never meets a half-written frame; every wait has a deadline; handlers are guarded; connections
-are accepted and dialled by us.
+so that a caller's cancellation never meets a half-written frame; every wait has a deadline; handlers are guarded; we dial
+and accept ourselves.
 """
 
 from __future__ import annotations
@@ -104,11 +104,7 @@ class PeerHost:
 
     async def connect(self, contact: Contact) -> None:
         """Make sure that there is a connection."""
-
-        async def call() -> None:
-            await self._connect(contact)
-
-        await self._owned(contact, call)
+        await self._owned(contact, lambda: self._connect(contact))
 
     def connected(self) -> list[bytes]:
         """The peers to whom there is a connection."""
