@@ -63,9 +63,13 @@ class Digest:
         try:
             cid = CID.decode(text)
             multihash = bytes(cid.digest)
-        except Exception as error:  # noqa: BLE001  # the library raises a dozen types for malformed text
+        except Exception as error:  # the library raises a dozen types for malformed text
             raise ImageInvalid(f"{text[:80]!r} is neither a sha256 digest nor a CID") from error
-        if multihash[:2] != SHA256_MULTIHASH_PREFIX or len(multihash) != 2 + SHA256_BYTES or cid.codec.name != "raw":
+        if (
+            multihash[:2] != SHA256_MULTIHASH_PREFIX
+            or len(multihash) != 2 + SHA256_BYTES
+            or cid.codec.name != "raw"
+        ):
             raise ImageInvalid(f"{text[:80]!r} is a CID, but not of raw bytes by sha2-256")
         return cls(multihash[2:])
 

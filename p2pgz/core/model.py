@@ -12,8 +12,8 @@ import msgspec
 
 from p2pgz.core.digest import Digest
 
-# A chunk is held in memory while it is verified. eStargz writes 4 MiB, zstd:chunked about 64 KiB; legacy stargz files of several
-# parts can be verified only as a whole and become one chunk each, hence the room.
+# A chunk is held in memory while it is verified. eStargz writes 4 MiB, zstd:chunked about 64 KiB; legacy stargz files
+# of several parts can be verified only as a whole and become one chunk each, hence the room.
 MAX_CHUNK_BYTES = 256 << 20
 
 

@@ -36,7 +36,7 @@ REQUEST_MAX_BYTES: Final = {
     Priority.START_UP: 8 << 20,
     Priority.FILL: 8 << 20,
 }
-# Sequential readers: the first chunk that follows its predecessor doubles the read-ahead, up to this many uncompressed bytes.
+# Sequential readers: each chunk that follows its predecessor doubles the read-ahead, up to this many uncompressed bytes.
 READ_AHEAD_MAX_BYTES: Final = 16 << 20
 READ_AHEAD_MIN_BYTES: Final = 512 << 10
 # EWMA weight of a new sample: the last ~8 requests count

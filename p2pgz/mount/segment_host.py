@@ -341,7 +341,7 @@ def main() -> None:
         log.error("no segment host: %s", error)
         with suppress(OSError):
             control.send(setup.encode_failure(error))
-    except BaseException:  # noqa: BLE001  # the process ends in any case
+    except BaseException:  # noqa: ASYNC103,BLE001  # outside of any event loop; the process ends in any case
         sys.excepthook(*sys.exc_info())
     finally:
         # no interpreter shutdown: worker threads may still hang in the kernel

@@ -114,7 +114,7 @@ async def _round(host: Host, folder: str) -> str:
         finally:
             device.healed.set()
             os.close(mount.mount_fd)
-            with trio.move_on_after(STEP_SECONDS):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + STEP_SECONDS):
                 await watch.gone.wait()
     finally:
         with suppress(OSError):

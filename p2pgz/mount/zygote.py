@@ -82,7 +82,8 @@ def _become_fs(control: socket.socket, wake_read: int, wake_write: int, channel_
         os.close(wake_read)
         os.close(wake_write)
         status = fs.run(socket.socket(fileno=channel_fd))
-    except BaseException:  # noqa: BLE001  # whatever it is: this copy must never return into the zygote's loop
+    # outside of any event loop; whatever it is: this copy must never return into the zygote's
+    except BaseException:  # noqa: ASYNC103,BLE001
         sys.excepthook(*sys.exc_info())
     finally:
         # no interpreter shutdown: worker threads may still hang in the kernel

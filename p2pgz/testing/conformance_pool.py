@@ -11,6 +11,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import trio
+
 from p2pgz.core.content import content_key
 from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout
@@ -72,7 +74,7 @@ class Layer:
 
 
 async def _acknowledge() -> None:
-    return None
+    await trio.lowlevel.checkpoint()
 
 
 def check_content(segment: Any, layer: Layer) -> int:
@@ -202,6 +204,7 @@ async def removed_chunks_are_gone_and_can_come_back(pool: Any) -> None:
     doomed = range(3, len(layer.chunks), 3)
 
     async def refuse() -> None:
+        await trio.lowlevel.checkpoint()
         assert not any(segment.presence.has(n) for n in doomed)
         raise RuntimeError("a reply is stuck")
 

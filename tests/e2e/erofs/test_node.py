@@ -59,8 +59,10 @@ def mode_of(p2pgz: P2pgz, directory: Path) -> tuple[str, str]:  # noqa: F811
 
 
 def test_both_modes_show_the_same_and_auto_is_the_one_that_survives(
-    p2pgz: P2pgz, home: Path, image: str
-) -> None:  # noqa: F811
+    p2pgz: P2pgz,  # noqa: F811
+    home: Path,  # noqa: F811
+    image: str,
+) -> None:
     p2pgz.start_node()
     with (
         mounted(p2pgz, image, home / "auto"),
