@@ -15,13 +15,23 @@ import structlog
 import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from p2pgz.core.keyspace import Contact
 from p2pgz.errors import P2pgzError, SourceUnavailable
+from p2pgz.p2p.addresses import dialable
 from p2pgz.p2p.libp2p_parts import make_host, quieten
-from p2pgz.p2p.libp2p_streams import MessageReader, close_stream, framed, reset_stream
+from p2pgz.p2p.libp2p_streams import (
+    MessageReader,
+    close_connection,
+    close_stream,
+    framed,
+    is_library_error,
+    reason_of,
+    reset_stream,
+)
 
 log = structlog.get_logger(component="libp2p")
 
@@ -39,8 +49,6 @@ CONNECTIONS_KEPT = 64  # beyond it the ones idle longest are closed, also before
 TEND_SECONDS = 10.0
 CLOSE_ALL_SECONDS = 2.0
 MESSAGES_PER_STREAM = 1000
-_P2P_CODE = 0x01A5  # multicodec table
-_NETWORKS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 T = TypeVar("T")
 Answer = Callable[[Contact, bytes], Awaitable[bytes | None]]
@@ -108,7 +116,18 @@ class PeerHost:
 
     def connected(self) -> list[bytes]:
         """The peers to whom there is a connection."""
-        return [bytes(peer.to_bytes()) for peer in self._host.get_connected_peers()]
+        return [bytes(peer.to_bytes()) for peer in list(self._host.get_connected_peers()) if self._live(peer)]
+
+    def _live(self, peer: ID) -> list[Any]:
+        """The connections to a peer that are open. The library goes on listing one whose closing was cancelled."""
+        network = self._host.get_network()
+        live = []
+        for connection in list(network.get_connections(peer)):
+            if connection.is_closed or connection.muxed_conn.event_shutting_down.is_set():
+                network.remove_conn(connection)
+            else:
+                live.append(connection)
+        return live
 
     async def disconnect(self, peer: bytes) -> None:
         """Close the connection to a peer, if there is one."""
@@ -132,7 +151,7 @@ class PeerHost:
                 await self._serve_stream(peer, stream, answer)
                 await close_stream(stream)
             except Exception as error:  # whatever leaves this function ends the library's host
-                if not isinstance(error, P2pgzError | trio.TooSlowError) and not _is_library_error(error):
+                if not isinstance(error, P2pgzError | trio.TooSlowError) and not is_library_error(error):
                     log.exception("peer.bug", protocol=protocol, peer=peer.hex())
                 await reset_stream(stream)
             finally:
@@ -162,7 +181,7 @@ class PeerHost:
             )
             await connection.event_closed.wait()
         except Exception as error:  # the library raises dozens of types for a failed handshake
-            if not _is_library_error(error):
+            if not is_library_error(error):
                 log.exception("peer.bug", where="inbound handshake")
 
     # -- inside
@@ -190,27 +209,36 @@ class PeerHost:
         cause = failures[0] if failures else None
         if isinstance(cause, P2pgzError):
             raise cause
-        raise SourceUnavailable(f"peer {ID(contact.peer)}: {_reason(cause)}") from cause
+        raise SourceUnavailable(f"peer {ID(contact.peer)}: {reason_of(cause)}") from cause
 
     async def _open(self, contact: Contact, protocol: str) -> Any:
+        peer = ID(contact.peer)
         await self._connect(contact)
         self._used[contact.peer] = trio.current_time()
-        return await self._host.new_stream(ID(contact.peer), [protocol])
+        try:
+            return await self._host.new_stream(peer, [protocol])
+        except (
+            SwarmException
+        ):  # the connection is dead and the library does not know it: once more on a new one
+            for connection in self._live(peer):
+                self._host.get_network().remove_conn(connection)
+                self._nursery.start_soon(close_connection, connection)
+            await self._connect(contact)
+            return await self._host.new_stream(peer, [protocol])
 
     async def _connect(self, contact: Contact) -> None:
         """One dial per peer at a time, whoever wants it."""
         peer = ID(contact.peer)
-        network = self._host.get_network()
         while True:
-            if network.get_connections(peer):
+            if self._live(peer):
                 return
             dialling = self._dials.get(contact.peer)
             if dialling is None:
                 break
             await dialling.wait()
-            if not network.get_connections(peer):
+            if not self._live(peer):
                 raise SourceUnavailable("cannot be reached")
-        addresses = _dialable(contact.addresses, self.addresses)
+        addresses = dialable(contact.addresses, self.addresses)
         if not addresses:
             raise SourceUnavailable("no address is known")
         done = self._dials[contact.peer] = trio.Event()
@@ -252,7 +280,7 @@ class PeerHost:
                 raise
             self._nursery.start_soon(self._close_after, connection, stream)
             return
-        raise SourceUnavailable(_reason(problem)) from problem
+        raise SourceUnavailable(reason_of(problem)) from problem
 
     async def _close_after(self, connection: Any, stream: trio.SocketStream) -> None:
         """The library's closing does not reach the socket when it is cancelled."""
@@ -268,7 +296,7 @@ class PeerHost:
         name = bytes(peer.to_bytes())
         store = self._host.get_peerstore()
         with trio.move_on_after(IDENTIFY_SECONDS):
-            while self._host.get_network().get_connections(peer):
+            while self._live(peer):
                 try:
                     identified = peer in self._host._identified_peers
                     protocols = frozenset(map(str, store.get_protocols(peer))) if identified else frozenset()
@@ -279,7 +307,7 @@ class PeerHost:
                     protocols, addresses = frozenset(), ()
                 if protocols:
                     self.protocols[name] = protocols
-                    self._contacts[name] = contact = Contact(name, _dialable(addresses, self.addresses))
+                    self._contacts[name] = contact = Contact(name, dialable(addresses, self.addresses))
                     self.on_peer(contact, dialled)
                     return
                 await trio.sleep(0.02)
@@ -304,8 +332,7 @@ class PeerHost:
         """Close what nobody uses; forget what is gone."""
         while True:
             await trio.sleep(TEND_SECONDS)
-            network = self._host.get_network()
-            live = {bytes(peer.to_bytes()): connections for peer, connections in network.connections.items()}
+            live = {peer: self._live(ID(peer)) for peer in self.connected()}
             for peer in [peer for peer in self._contacts if peer not in live]:
                 del self._contacts[peer]
                 self.protocols.pop(peer, None)
@@ -362,36 +389,3 @@ async def open_host(seed: bytes, *, announce: Sequence[str]) -> AsyncIterator[Pe
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-def _dialable(addresses: Sequence[bytes], own: Sequence[bytes]) -> tuple[bytes, ...]:
-    """Plain TCP addresses, without the peer id at their end, and none that is ours as well (bridges: 172.17.0.1)."""
-    found = []
-    for raw in addresses:
-        try:
-            address = Multiaddr(raw)
-            names = [protocol.name for protocol in address.protocols()]
-            if names[-1:] == ["p2p"]:
-                address = address.decapsulate_code(_P2P_CODE)
-                names.pop()
-        except Exception as error:  # noqa: BLE001  # peers send these bytes; the library raises many types
-            log.debug("address.malformed", reason=str(error)[:200])
-            continue
-        if len(names) == 2 and names[0] in _NETWORKS and names[1] == "tcp" and address.to_bytes() not in own:
-            found.append(address.to_bytes())
-    return tuple(dict.fromkeys(found))
-
-
-def _is_library_error(error: BaseException) -> bool:
-    module = type(error).__module__
-    return module.startswith(("libp2p", "multiaddr", "noise", "trio", "cryptography")) or isinstance(
-        error, OSError
-    )
-
-
-def _reason(error: BaseException | None) -> str:
-    if error is None:
-        return "the host is shutting down"
-    if isinstance(error, trio.TooSlowError):
-        return "no answer in time"
-    return f"{type(error).__name__}: {error}"[:200]

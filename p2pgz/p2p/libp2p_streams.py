@@ -80,10 +80,36 @@ async def close_stream(stream: Any) -> None:
             log.debug("stream.close", reason=str(error))
 
 
+async def close_connection(connection: Any) -> None:
+    """Close a connection that may be dead already."""
+    with trio.move_on_after(CLOSE_SECONDS, shield=True):
+        try:
+            await connection.close()
+        except Exception as error:  # noqa: BLE001  # it is gone already
+            log.debug("connection.close", reason=str(error))
+
+
 async def reset_stream(stream: Any) -> None:
     """The library tells the peer nothing when a stream fails on our side: without this it would wait for ever."""
     with trio.move_on_after(CLOSE_SECONDS, shield=True):
         await stream.reset()
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether an exception is one of the dozens that mean no more than "the connection failed", not a bug of ours."""
+    module = type(error).__module__
+    return module.startswith(("libp2p", "multiaddr", "noise", "trio", "cryptography")) or isinstance(
+        error, OSError
+    )
+
+
+def reason_of(error: BaseException | None) -> str:
+    """A short text for a message to people."""
+    if error is None:
+        return "the host is shutting down"
+    if isinstance(error, trio.TooSlowError):
+        return "no answer in time"
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 assert MESSAGE_MAX_BYTES.bit_length() <= 7 * _VARINT_MAX_BYTES

@@ -84,6 +84,32 @@ async def test_connection_survives_a_storm_of_cancelled_requests() -> None:
 
 
 @pytest.mark.trio
+async def test_connection_whose_closing_was_cancelled_does_not_make_the_peer_unreachable() -> None:
+    async with listening_dht() as one, listening_dht() as other:
+        await linked(one, other)
+        (connection,) = other.host._host.get_network().get_connections()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await connection.close()
+        assert connection.is_closed
+        assert await other.kad.ping(contact_of(one))
+
+
+@pytest.mark.trio
+async def test_dead_connection_that_the_library_believes_in_is_replaced() -> None:
+    async with listening_dht() as one, listening_dht() as other:
+        await linked(one, other)
+        (connection,) = other.host._host.get_network().get_connections()
+
+        async def fail(data: bytes) -> None:
+            await trio.lowlevel.checkpoint()
+            raise ConnectionResetError("reset by the peer")
+
+        connection.muxed_conn._write_frame = fail
+        assert await other.kad.ping(contact_of(one))
+
+
+@pytest.mark.trio
 async def test_port_that_accepts_and_says_nothing_fails_the_dial_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
