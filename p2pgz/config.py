@@ -279,3 +279,19 @@ def run_dir(flag: str | None, environment: Mapping[str, str], *, root: bool) -> 
 def is_root() -> bool:
     """Whether this process may do what only root may: the default of paths and mounts depends on it."""
     return os.geteuid() == 0
+
+
+def boot_id() -> str:
+    """Names this boot of the machine: what was verified in another one is verified again."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def prepare_directories(state_path: Path, run_path: Path) -> None:
+    """Make the directories, for the owner only; raises ConfigError that says which one cannot be made."""
+    for path in (state_path, run_path):
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be made: {error.strerror}", hint="choose another one with --state-dir"
+            ) from error

@@ -15,16 +15,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
 import trio
 
 from p2pgz import __version__
-from p2pgz.config import Config
+from p2pgz.config import Config, boot_id, prepare_directories
 from p2pgz.core.digest import Digest
 from p2pgz.core.platform import Platform
 from p2pgz.core.reference import parse_reference
-from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, UsageError
+from p2pgz.errors import ImageNotFound, P2pgzError, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
@@ -51,13 +50,13 @@ from p2pgz.web.api import (
     WaitRequest,
     create_app,
     handler,
+    kept_fields,
+    recorded_request,
 )
 
 log = structlog.get_logger(component="node")
 
 MODES = ("auto", "tree", "erofs")
-API_SOCKET = "api.sock"
-DESCRIPTOR_SOCKET = "fd.sock"
 Tell = Callable[[dict[str, object]], None]
 
 # Taking mounts over takes milliseconds; when it takes longer (a hung process), commands need not wait for it
@@ -138,7 +137,7 @@ class Node:
                 TagRecord(reference=image.reference, digest=image.digest, resolved=time.time())
             )
             options = self._options(request)
-            mounted = await self.mounts.mount(image, options, _kept(request))
+            mounted = await self.mounts.mount(image, options, kept_fields(request))
             return {
                 "id": mounted.id,
                 "token": mounted.token,
@@ -168,7 +167,7 @@ class Node:
         again = await self.mounts.recover(self._open_known)
         await self.mounts.replace_all(only_other_versions=not replace_all)
         for record, document in again:
-            request = _request(document)
+            request = recorded_request(document)
             nursery.start_soon(self._mount_here, request, document.options, record)
         for wanted in self._config.mounts:
             if any(record.directory == wanted.directory for record, _ in again):
@@ -188,7 +187,7 @@ class Node:
                 digest = record.manifest if record is not None else tag.digest if tag is not None else None
                 image = await self._known_or_open(digest, request)
                 replaces = record.id if record is not None else ""
-                await self.mounts.mount(image, options, _kept(request), here=True, replaces=replaces)
+                await self.mounts.mount(image, options, kept_fields(request), here=True, replaces=replaces)
                 log.info("mount.made_at_start", reference=str(reference), directory=options.directory)
             except (P2pgzError, OSError) as error:
                 log.warning("mount.not_yet", reference=str(reference), reason=str(error), again_seconds=delay)
@@ -204,7 +203,7 @@ class Node:
         return await self._open(request, _silent)
 
     async def _open_known(self, record: MountRecord, document: MountDocument) -> OpenImage:
-        request = _request(document)
+        request = recorded_request(document)
         return await self._known(record.manifest, request)
 
     async def _known(self, digest: Digest, request: MountRequest) -> OpenImage:
@@ -309,21 +308,6 @@ class Node:
             await trio.sleep(min(left, 0.5) if self.mounts.count or self.busy else left)
 
 
-def _request(document: MountDocument) -> MountRequest:
-    """The request that a recorded mount was made with."""
-    try:
-        return msgspec.convert({**document.request, "reference": document.reference}, MountRequest)
-    except msgspec.ValidationError:  # another version's: what matters is the reference
-        return MountRequest(reference=document.reference)
-
-
-def _kept(request: MountRequest) -> dict[str, Any]:
-    """What of a request is written down: how to reach the source, never credentials."""
-    document: dict[str, Any] = msgspec.to_builtins(request)
-    names = ("plain_http", "platform", "ca_file", "hosts_dir", "allow_unverified_toc")
-    return {name: document[name] for name in names if document[name]}
-
-
 async def _silent(_: dict[str, Any]) -> None:
     await trio.lowlevel.checkpoint()
 
@@ -374,28 +358,15 @@ async def open_node(
         nursery.start_soon(recover)
         with trio.move_on_after(RECOVERY_WAIT_SECONDS):
             await recovered.wait()
-        api, descriptors = unix.listen(run_path / API_SOCKET), unix.listen(run_path / DESCRIPTOR_SOCKET)
+        api, descriptors = (
+            unix.listen(run_path / unix.API_SOCKET),
+            unix.listen(run_path / unix.DESCRIPTOR_SOCKET),
+        )
         await nursery.start(unix.serve, api, handler(create_app(node)))
         await nursery.start(unix.serve, descriptors, node.hand_over)
         log.info("node.ready", state=str(state_path), pid=os.getpid())
         yield node
         nursery.cancel_scope.cancel()
-
-
-def boot_id() -> str:
-    """Names this boot of the machine: what was verified in another one is verified again."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def prepare_directories(state_path: Path, run_path: Path) -> None:
-    """Make the directories, for the owner only; raises ConfigError that says which one cannot be made."""
-    for path in (state_path, run_path):
-        try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be made: {error.strerror}", hint="choose another one with --state-dir"
-            ) from error
 
 
 async def run_node(

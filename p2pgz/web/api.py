@@ -29,6 +29,7 @@ from starlette.types import Receive, Scope
 from starlette.types import Send as ASGISend
 
 from p2pgz.errors import ConfigError, P2pgzError
+from p2pgz.mount.records import MountDocument
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -81,6 +82,21 @@ class VerifyRequest(MountRequest, frozen=True, kw_only=True, forbid_unknown_fiel
     """Check an image by reference, or the one that is mounted at `directory`."""
 
     reference: str = ""
+
+
+def recorded_request(document: MountDocument) -> MountRequest:
+    """The request that a recorded mount was made with."""
+    try:
+        return msgspec.convert({**document.request, "reference": document.reference}, MountRequest)
+    except msgspec.ValidationError:  # another version's: what matters is the reference
+        return MountRequest(reference=document.reference)
+
+
+def kept_fields(request: MountRequest) -> dict[str, Any]:
+    """What of a request is written down: how to reach the source, never credentials."""
+    document: dict[str, Any] = msgspec.to_builtins(request)
+    names = ("plain_http", "platform", "ca_file", "hosts_dir", "allow_unverified_toc")
+    return {name: document[name] for name in names if document[name]}
 
 
 class Control(Protocol):

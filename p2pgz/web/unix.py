@@ -20,6 +20,9 @@ from p2pgz.errors import StateError
 log = structlog.get_logger(component="control")
 
 UNIX_PATH_MAX_BYTES = 107
+# names in the run directory; `cli.client` has them too, since importing this module would cost commands their start
+API_SOCKET = "api.sock"
+DESCRIPTOR_SOCKET = "fd.sock"
 # a client that connects and says nothing
 HANDSHAKE_SECONDS = 10.0
 CONNECTIONS_MAX = 256
