@@ -31,6 +31,12 @@ hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, deran
 hypothesis.settings.load_profile("ci" if IN_CI else "local")
 
 
+def pytest_configure() -> None:
+    """Hand Ctrl-C on to the processes under test: as a background job we would have inherited that it is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def can_mount() -> str:
     """Empty when this process can make FUSE mounts in its mount namespace, otherwise why not."""
     if os.geteuid() != 0:

@@ -76,7 +76,9 @@ def mount(
         for warning in result["warnings"]:
             click.echo(f"warning: {warning}", err=True)
     if foreground:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        # both explicitly: a shell starts background jobs with SIGINT ignored, and Python leaves it so
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         try:
             client.call("/v1/mounts/wait", {"id": result["id"]})
         except KeyboardInterrupt:
