@@ -296,9 +296,12 @@ class RegistryClient:
             said = await _error_text(response) if wish.method != "HEAD" else ""
         what = f"{self.name}: {wish.method} {response.url} answers with status {status}{said}"
         if status == 404 and not redirected:
-            raise TroubleError(
-                ImageNotFound(f"{self.name}: no {wish.path.replace('/', ' ')[:200]}{said}"), blame=False
-            )
+            kind, _, name = wish.path.partition("/")
+            tagged = kind == "manifests" and ":" not in name
+            noun = "tag" if tagged else {"manifests": "manifest", "blobs": "blob"}.get(kind, kind)
+            hint = "see that repository and tag are spelled right" if tagged else ""
+            error = ImageNotFound(f"{self.name}: no {noun} {name[:200]}{said}", hint=hint)
+            raise TroubleError(error, blame=False)
         if status in (401, 403) and not redirected:
             refused = way.auth.refused(status)
             raise TroubleError(AuthRefused(refused.what + said, hint=refused.hint), blame=False)
