@@ -64,6 +64,14 @@ def test_present_neighbours_are_skipped_and_their_bytes_count_as_a_hole():
     assert _choose(offsets, ends, 10, wanted=[10], absent=absent, window=256 * KIB) == [10, 12]
 
 
+def test_nobody_waits_behind_a_large_chunk_that_nobody_wants():
+    offsets, ends = [0, 100, 10_000_000], [100, 10_000_000, 10_000_100]
+    assert _choose(offsets, ends, 0, wanted=[0, 2], window=0) == [0]
+    # within the request's limit, but a hole too large to be transferred for what is behind it
+    offsets, ends = [0, 100, 200_000], [100, 200_000, 200_100]
+    assert _choose(offsets, ends, 0, wanted=[0, 2], window=0) == [0]
+
+
 def test_chunks_of_the_same_member_come_for_free():
     offsets, ends = [0, 0, 0, 500], [500, 500, 500, 900]
     assert _choose(offsets, ends, 0, wanted=[0]) == [0, 1, 2]
@@ -105,6 +113,8 @@ def test_the_window_follows_rate_times_delay_within_bounds():
     assert link.window_bytes() == WINDOW_MIN_BYTES
     link = LinkEstimate()
     link.sample(0.020, 1 << 20, (1 << 20) / 12.5e6)
+    assert link.window_bytes() == 250_000
+    link.sample(0.020, 100, 10.0)  # so few bytes say nothing about the rate
     assert link.window_bytes() == 250_000
     link = LinkEstimate()
     link.sample(2.0, 1 << 20, 0.01)
