@@ -1,6 +1,6 @@
 """py-libp2p 0.8.1 as we use it: the parts of it that had to be replaced, each with its reason and its test.
 
-Only `p2p.host` imports this; importing it imports libp2p (0.9 s, 60 MiB). Tests: tests/unit/p2p/test_libp2p_faults.py.
+Only `p2p.host` imports this; importing it imports libp2p (0.9 s, 60 MiB). Tests: tests/e2e/p2p/test_libp2p_faults.py.
 """
 
 from __future__ import annotations
