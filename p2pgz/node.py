@@ -58,11 +58,9 @@ log = structlog.get_logger(component="node")
 
 MODES = ("auto", "tree", "erofs")
 Tell = Callable[[dict[str, object]], None]
-
 # Taking mounts over takes milliseconds; when it takes longer (a hung process), commands need not wait for it
 RECOVERY_WAIT_SECONDS = 3.0
-MOUNT_RETRY_START_SECONDS = 1.0
-MOUNT_RETRY_MAX_SECONDS = 60.0
+MOUNT_RETRY_START_SECONDS, MOUNT_RETRY_MAX_SECONDS = 1.0, 60.0
 ANSWER_FIRST_SECONDS = 0.1
 
 
