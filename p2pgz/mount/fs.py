@@ -26,6 +26,8 @@ from p2pgz.core.layout import SegmentTable
 from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.image.treefile import TreeFile
 from p2pgz.mount import attach, kernel, relink, setup
+from p2pgz.mount.channel import Kind, Record
+from p2pgz.mount.drain import before_poll
 from p2pgz.mount.hold import Hold
 from p2pgz.mount.link import NodeLink
 from p2pgz.mount.setup import Ready, SessionOptions
@@ -191,14 +193,14 @@ class _Served:
         self._options = options
         self._mount = mount
         self._hold = hold
-        self._draining = False
+        self._draining = trio.Event()
         self._presences = image.presences
         self._listener = relink.listen(Path(options.socket_path)) if options.socket_path else None
         self._link = NodeLink(
             image.presences,
             read_deadline_seconds=options.read_deadline_seconds,
             set_read_ahead=self._set_read_ahead,
-            drain=self._drain,
+            drain=self._draining.set,
         )
         self._spoiled, self._to_invalidate = trio.open_memory_channel[tuple[int, int, int]](
             INVALIDATIONS_QUEUED
@@ -235,6 +237,7 @@ class _Served:
         signal.setitimer(signal.ITIMER_REAL, UNSTICK_SECONDS, UNSTICK_SECONDS)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_link, connection)
+            nursery.start_soon(self._drain)
             if self._hold is not None:
                 nursery.start_soon(self._hold.keep)
             for _ in range(INVALIDATION_THREADS):
@@ -242,7 +245,7 @@ class _Served:
             await pyfuse3.main(1, kernel.MAX_TASKS)
             # before the channel ends: the node takes that as the end of everything
             self._unlink_socket()
-            if self._hold is not None and not self._draining:
+            if self._hold is not None and not self._draining.is_set():
                 self._hold.release()
             nursery.cancel_scope.cancel()
 
@@ -256,11 +259,12 @@ class _Served:
             found.setblocking(False)
             await self._link.run(found)
 
-    def _drain(self) -> None:
-        """Leave the kernel's requests to a successor; what was read is still answered."""
-        self._draining = True
+    async def _drain(self) -> None:
+        """When told to, leave the kernel's requests to a successor; what was read is still answered."""
+        await self._draining.wait()
         self._unlink_socket()
-        pyfuse3.terminate()
+        await before_poll(pyfuse3.terminate)
+        self._link.send([Record(Kind.DRAINING)])
 
     def _unlink_socket(self) -> None:
         if self._options.socket_path:

@@ -103,13 +103,18 @@ def resend(fuse_fd: int) -> None:
     Raises ResendUnavailable where the kernel cannot.
     """
     try:
-        if _kernel_version() < RESEND_SINCE:
+        if not can_resend():
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
     except OSError as error:
         if error.errno in {errno.ENODEV, errno.ENOTCONN}:
             raise MountUnavailable("the mount is gone") from error
         raise no_resend() from error
+
+
+def can_resend() -> bool:
+    """Whether this kernel sends requests again that a killed process had read, and loses none."""
+    return _kernel_version() >= RESEND_SINCE
 
 
 def no_resend() -> ResendUnavailable:

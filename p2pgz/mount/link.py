@@ -42,7 +42,7 @@ class NodeLink:
         *,
         read_deadline_seconds: float,
         set_read_ahead: Callable[[int], object],
-        drain: Callable[[], object] = lambda: None,
+        drain: Callable[[], object] = lambda: None,  # who drains says so (DRAINING)
     ) -> None:
         self.presences = presences
         self.demand = Demand()
@@ -177,6 +177,5 @@ class NodeLink:
                 self._set_read_ahead(record.amount)
             case Kind.DRAIN:
                 self._drain()
-                self.send([Record(Kind.DRAINING)])
             case _:
                 self.garbage += 1

@@ -23,7 +23,7 @@ from p2pgz.image.opened import OpenImage
 from p2pgz.mount.attach import move_mount
 from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient
-from p2pgz.mount.kernel import no_resend
+from p2pgz.mount.kernel import can_resend, no_resend
 from p2pgz.mount.records import MountOptions
 from p2pgz.mount.session import Ensure, FsHost, FsSession, SegmentFiles, SessionOptions
 from p2pgz.mount.umount import check_mount_point, clear_dead_mount
@@ -161,12 +161,16 @@ class Servers:
             delay = min(delay * 2, RETRY_MAX_SECONDS)
 
     async def replace(self, served: Served, old: FsSession) -> FsSession:
-        """A new process for a mount whose process is well: it is left to answer what it has read of the kernel."""
-        with trio.move_on_after(DRAIN_SECONDS) as waiting:
-            await old.drain()
-        if waiting.cancelled_caught:
+        """A new process for a mount whose process is well. Where the kernel cannot send requests again, the old one is left
+        to answer what it has read; it is not where the kernel can: what it waits for could outlast the next node."""
+        drained = False
+        if not (self._resend and can_resend()):
+            with trio.move_on_after(DRAIN_SECONDS):
+                await old.drain()
+                drained = True
+        if not drained:
             await self._holder.kill(served.id)
-        session = await self.start(served, resume=True, resend=waiting.cancelled_caught)
+        session = await self.start(served, resume=True, resend=not drained)
         log.info("fs.replaced", directory=served.options.directory, pid=session.pid)
         return session
 

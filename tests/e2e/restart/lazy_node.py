@@ -29,6 +29,7 @@ FRESH_SHARE = 0.1
 FILES = 48
 FILE_BYTES = 512 << 10
 ENDS_WITHIN_SECONDS = 8.0
+HANGS_SECONDS = 70.0  # a read ends with an error after 60
 
 
 def write_plain_layout(folder: Path, contents: dict[str, bytes]) -> None:
@@ -189,8 +190,9 @@ class Readers:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        hangs_at = time.monotonic() + HANGS_SECONDS
         for thread in self._threads:
-            thread.join(70)
+            thread.join(max(0.0, hangs_at - time.monotonic()))
             if thread.is_alive():
                 self.faults.append("a reader hangs")
 
