@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from p2pgz.core.layout import SegmentTable
 from p2pgz.core.media import Descriptor
@@ -81,6 +81,16 @@ class PeerAnswer:
     alternatives: tuple[Alternative, ...] = ()
 
 
+class Holder(NamedTuple):
+    """A peer that has told what it has of a swarm, and how soon it is expected to answer."""
+
+    peer: PeerId
+    has: Callable[[int], bool]
+    wait_seconds: float
+    bytes_per_second: float
+    """0: not measured yet"""
+
+
 class PeerSource(Protocol):
     """The connected peers. A swarm is the chunks of one TOC; its id is the TOC's sha256 where it is shared openly."""
 
@@ -94,6 +104,10 @@ class PeerSource(Protocol):
 
     def holders(self, swarm: bytes, n: int) -> Sequence[PeerId]:
         """Peers that say they have chunk n, the one that should answer first at the front. Never waits."""
+        ...
+
+    def swarm_holders(self, swarm: bytes) -> Sequence[Holder]:
+        """All peers with anything of the swarm, the quickest first: for decisions about many chunks. Never waits."""
         ...
 
     async def fetch(

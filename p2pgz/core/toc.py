@@ -46,6 +46,7 @@ __all__ = [
     "extract_external_toc",
     "extract_toc",
     "is_vouched",
+    "parse_position",
     "parse_toc",
 ]
 
@@ -170,11 +171,17 @@ def _expect(annotations: Mapping[str, str], name: str, found: Digest) -> None:
         )
 
 
-def _expect_position(annotations: Mapping[str, str], name: str, footer: Footer) -> None:
+def parse_position(annotations: Mapping[str, str], name: str) -> tuple[int, int, int, int]:
+    """Offset, compressed bytes, raw bytes and schema of a TOC, as a position annotation has them; raises ImageInvalid."""
     match = _POSITION.fullmatch(annotations[name])
     if match is None:
         raise ImageInvalid(f"annotation {name}: {annotations[name][:80]!r} is not four numbers")
     offset, compressed_bytes, raw_bytes, manifest_type = map(int, match.groups())
+    return offset, compressed_bytes, raw_bytes, manifest_type
+
+
+def _expect_position(annotations: Mapping[str, str], name: str, footer: Footer) -> None:
+    offset, compressed_bytes, raw_bytes, manifest_type = parse_position(annotations, name)
     footer_says = (footer.toc_offset, footer.toc_compressed_bytes, footer.toc_raw_bytes, 1)
     if (offset, compressed_bytes, raw_bytes, manifest_type) != footer_says:
         raise ImageInvalid(f"annotation {name}: {annotations[name]} is not where the footer says the TOC is")

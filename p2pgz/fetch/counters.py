@@ -11,18 +11,38 @@ from p2pgz.pool.segment import Segment
 class Counters:
     """What the sources supplied since the node started: plain ints, read at scrape time."""
 
-    __slots__ = ("corrupt_chunks", "pool_bytes", "pool_chunks", "registry_bytes", "registry_chunks")
+    __slots__ = (
+        "corrupt_chunks",
+        "peer_bytes",
+        "peer_chunks",
+        "peer_failures",
+        "pool_bytes",
+        "pool_chunks",
+        "registry_bytes",
+        "registry_chunks",
+        "wasted_bytes",
+    )
 
     def __init__(self) -> None:
         self.pool_chunks = self.pool_bytes = 0
         self.registry_chunks = self.registry_bytes = 0
         self.corrupt_chunks = 0
+        self.peer_chunks = self.peer_bytes = 0
+        self.peer_failures = 0
+        self.wasted_bytes = 0
+        """that came although they were here already: the losers of races"""
 
     def from_registry(self, chunks: Iterable[VerifiedChunk]) -> None:
         """Count chunks that came from a registry."""
         for chunk in chunks:
             self.registry_chunks += 1
             self.registry_bytes += len(chunk)
+
+    def from_peers(self, chunks: Iterable[VerifiedChunk]) -> None:
+        """Count chunks that came from peers."""
+        for chunk in chunks:
+            self.peer_chunks += 1
+            self.peer_bytes += len(chunk)
 
     def whole_layer(self, segment: Segment) -> None:
         """Count a layer that was read whole from a registry."""

@@ -24,6 +24,7 @@ from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.from_registry import Outcomes, fetch_range
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
+from p2pgz.fetch.trace import Trace
 from p2pgz.pool.pool import Pool
 
 log = structlog.get_logger(component="fetch")
@@ -45,6 +46,7 @@ class Lane:
         pool: Pool,
         nursery: trio.Nursery,
         counters: Counters,
+        trace: Trace,
         *,
         connections: int,
         fill_limiter: RateLimiter,
@@ -52,6 +54,7 @@ class Lane:
         self._pool = pool
         self._nursery = nursery
         self._counters = counters
+        self._trace = trace
         self._connections = connections
         self._fill_limiter = fill_limiter
         self._queue: list[
@@ -72,6 +75,8 @@ class Lane:
             if flight is None:
                 flight = origin.flights[n] = Flight(n, priority, deadline)
                 self._enqueue(origin, n, priority)
+            elif not (flight.at_source or flight.chased):
+                self._enqueue(origin, n, priority)
             else:
                 flight.deadline = max(flight.deadline, deadline)
                 if priority < flight.priority:
@@ -81,8 +86,17 @@ class Lane:
             flights.append(flight)
         return flights
 
+    def adopt(self, origin: Origin, chunks: Iterable[int]) -> None:
+        """Take over flights that peers could not end, or not soon enough."""
+        for n in chunks:
+            flight = origin.flights.get(n)
+            if flight is not None and not flight.at_source:
+                self._enqueue(origin, n, flight.priority)
+        self.pump()
+
     def _enqueue(self, origin: Origin, n: int, priority: Priority) -> None:
         origin.wanted[n] = priority
+        origin.flights[n].at_source = True
         heapq.heappush(self._queue, (priority, next(self._arrival), n, origin))
 
     def pump(self) -> None:
@@ -131,6 +145,7 @@ class Lane:
         for n in chosen:
             if origin.wanted.pop(n, None) is None:
                 origin.flights[n] = Flight(n, max(priority, Priority.READ_AHEAD), deadline)
+                origin.flights[n].at_source = True
 
     def _update_calm(self) -> None:
         urgent = self._running[Priority.BLOCKED_READ] + self._running[Priority.READ_AHEAD]
@@ -146,11 +161,14 @@ class Lane:
             chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
             remaining.difference_update(n for n, _ in outcomes)
             error = await self._keep(origin, chunks)
-            for n, _ in chunks:
-                self._end(origin, origin.flights[n], error)
             for n, outcome in outcomes:
+                flight = origin.flights.get(n)
+                if flight is None:
+                    continue  # a peer was quicker
                 if isinstance(outcome, ChunkCorrupt):
-                    self._is_corrupt(origin, origin.flights[n], outcome)
+                    self._is_corrupt(origin, flight, outcome)
+                else:
+                    self._end(origin, flight, error)
 
         async def pace(count: int) -> None:
             if priority <= Priority.READ_AHEAD:
@@ -158,7 +176,7 @@ class Lane:
             if priority is Priority.FILL:
                 await self._fill_limiter.take(count)
             while not self._calm.is_set() and all(
-                origin.flights[n].priority >= Priority.START_UP for n in remaining
+                flight.priority >= Priority.START_UP for n in remaining if (flight := origin.flights.get(n))
             ):
                 with trio.move_on_after(0.05):  # an upgrade of one of ours does not set the event: look again
                     await self._calm.wait()
@@ -207,7 +225,9 @@ class Lane:
     def _requeue(self, origin: Origin, remaining: Iterable[int], error: P2pgzError) -> None:
         """After a broken request: chunks somebody waits for go back into the queue until their deadline."""
         for n in sorted(remaining):
-            flight = origin.flights[n]
+            flight = origin.flights.get(n)
+            if flight is None:
+                continue
             flight.attempts += 1
             waiting = flight.priority <= Priority.READ_AHEAD
             expired = (
@@ -237,10 +257,14 @@ class Lane:
         self._nursery.start_soon(later)
 
     def _end(self, origin: Origin, flight: Flight, error: P2pgzError | None) -> None:
+        origin.wanted.pop(flight.n, None)
+        if error is not None and flight.chased and error.retryable:
+            flight.at_source = False  # a peer may still have it; else it comes back here
+            return
         if origin.flights.get(flight.n) is flight:
             del origin.flights[flight.n]
-        origin.wanted.pop(flight.n, None)
         if error is None:
+            self._trace.note(origin.segment, flight, origin.source.name)
             flight.land()
         else:
             flight.fail(error)

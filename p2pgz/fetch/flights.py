@@ -11,7 +11,19 @@ from p2pgz.errors import P2pgzError
 class Flight:
     """One chunk on its way into the pool. `land()` or `fail()` ends it, once; all waiters see the same end."""
 
-    __slots__ = ("_done", "attempts", "corrupt", "deadline", "error", "n", "not_before", "priority")
+    __slots__ = (
+        "_done",
+        "at_source",
+        "attempts",
+        "chased",
+        "corrupt",
+        "deadline",
+        "error",
+        "hedges",
+        "n",
+        "priority",
+        "started",
+    )
 
     def __init__(self, n: int, priority: Priority, deadline: float) -> None:
         self.n = n
@@ -19,7 +31,12 @@ class Flight:
         self.deadline = deadline
         self.attempts = 0
         self.corrupt = 0
-        self.not_before = 0.0
+        self.at_source = False
+        """whether the source's lane has it, queued or running"""
+        self.chased = False
+        """whether peers are asked for it"""
+        self.hedges = 0
+        self.started = trio.current_time()
         self.error: P2pgzError | None = None
         self._done = trio.Event()
 

@@ -13,6 +13,7 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.model import ChunkKind
+from p2pgz.core.ports import PeerSource
 from p2pgz.core.schedule import LinkEstimate, Priority
 from p2pgz.core.verify import verify
 from p2pgz.errors import ChunkMissing, P2pgzError, SourceUnavailable
@@ -22,6 +23,8 @@ from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.plain import restream
+from p2pgz.fetch.race import Race
+from p2pgz.fetch.trace import Trace
 from p2pgz.pool.pool import Pool, Segment
 
 log = structlog.get_logger(component="fetch")
@@ -38,6 +41,7 @@ class ChunkFetcher:
         connections: int,
         fill_bytes_per_second: int,
         read_deadline_seconds: float,
+        peers: PeerSource | None = None,
     ) -> None:
         self._pool = pool
         self._nursery = nursery
@@ -48,9 +52,23 @@ class ChunkFetcher:
         self._lanes: dict[str, Lane] = {}
         self._links: dict[str, LinkEstimate] = {}
         self.counters = Counters()
+        self.trace = Trace()
+        self._race: Race | None = None
+        if peers is not None:
+            self._race = Race(
+                peers,
+                pool,
+                nursery,
+                self.counters,
+                self.trace,
+                lambda origin, chunks: self._lane(origin).adopt(origin, chunks),
+            )
+            nursery.start_soon(self._race.watch, self.origins)
 
     def add_origin(self, origin: Origin) -> None:
         """Say where a segment's bytes come from; a later one replaces it (new credentials, another tag)."""
+        if self._race is not None:
+            self._race.interested(origin)
         known = self._origins.get(origin.segment.id)
         if known is not None:
             known.source, known.descriptor = origin.source, origin.descriptor
@@ -102,8 +120,11 @@ class ChunkFetcher:
     def _from_source(
         self, origin: Origin, chunks: Sequence[int], priority: Priority, deadline: float
     ) -> list[Flight]:
-        lane = self._lane(origin)
+        """Peers that have the chunks, else the segment's source."""
         if not origin.streamed:
+            if self._race is not None:
+                self._race.start(origin, chunks, priority, deadline)
+            lane = self._lane(origin)
             flights = lane.want(origin, chunks, priority, deadline)
             lane.pump()
             return flights
@@ -124,6 +145,7 @@ class ChunkFetcher:
                 self._pool,
                 self._nursery,
                 self.counters,
+                self.trace,
                 connections=self._connections,
                 fill_limiter=self._fill_limiter,
             )
@@ -169,6 +191,7 @@ class ChunkFetcher:
                 found = False
             del origin.flights[n]
             if found:
+                self.trace.note(segment, flight, "pool")
                 self.counters.pool_chunks += 1
                 self.counters.pool_bytes += segment.table.size[n]
                 flight.land()
@@ -205,6 +228,7 @@ class ChunkFetcher:
         for n, flight in list(origin.flights.items()):
             del origin.flights[n]
             if origin.segment.presence.has(n):
+                self.trace.note(origin.segment, flight, origin.source.name)
                 flight.land()
             else:
                 flight.fail(error or SourceUnavailable(f"{origin.source.name}: the layer has no chunk {n}"))

@@ -24,6 +24,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.footer import FooterKind
 from p2pgz.core.layout import SegmentLayout
 from p2pgz.core.media import Descriptor, Manifest, parse_manifest_or_index
+from p2pgz.core.messages import DOCUMENT_MAX_BYTES
 from p2pgz.core.model import Toc
 from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import Reference
@@ -32,13 +33,16 @@ from p2pgz.core.tail import (
     NeedMore,
     NotLazy,
     Opened,
+    open_document,
     open_external,
     open_layer_tail,
+    shared_document,
     tail_start,
 )
 from p2pgz.core.toc import parse_toc
 from p2pgz.errors import ImageInvalid, ImageNotFound, P2pgzError, PoolFull
 from p2pgz.fetch.counters import Counters
+from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.from_registry import harvest
 from p2pgz.fetch.plain import stream_layer
 from p2pgz.fetch.stall import watched
@@ -54,6 +58,8 @@ LAYERS: Final = "layers"
 PLAIN: Final[Literal["plain"]] = "plain"
 # A TOC image's layer: the gzipped TOC of one layer. The TOC parser's own limits apply to what it inflates to.
 EXTERNAL_TOC_MAX_BYTES: Final = 128 << 20
+# What peers may take to supply a TOC before the blob's tail is asked for; a large TOC at 100 Mbit/s takes a second
+TOC_FROM_PEERS_SECONDS: Final = 5.0
 # stargz-snapshotter's "external TOC" feature: which layer a TOC image's layer belongs to
 LAYER_DIGEST_ANNOTATION: Final = "containerd.io/snapshot/stargz/layer.digest"
 
@@ -115,8 +121,9 @@ class _Tail:
 class LayerOpener:
     """Opens layers of any format."""
 
-    def __init__(self, pool: Pool, counters: Counters, state_path: Path) -> None:
+    def __init__(self, pool: Pool, documents: Documents, counters: Counters, state_path: Path) -> None:
         self._pool = pool
+        self._documents = documents
         self._counters = counters
         self._state_path = state_path
         self._facts = state_path / LAYERS
@@ -136,6 +143,9 @@ class LayerOpener:
             known = await self._known(descriptor, diff_id)
             if known is not None:
                 return known
+            found = await self._from_peers(descriptor)
+            if found is not None:
+                return await self._keep_lazy(descriptor, found)
             tail = _Tail(source, descriptor)
             opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
             if opened is None:
@@ -149,6 +159,26 @@ class LayerOpener:
             error.what = f"layer {descriptor.digest} of {reference}: {error.what}"
             raise
         return layer
+
+    async def _from_peers(self, descriptor: Descriptor) -> Opened | None:
+        """The layer by the TOC that a peer has, without a request for its blob."""
+        wanted = shared_document(descriptor.annotations)
+        if wanted is None:
+            return None
+        document = await self._documents.from_peers(
+            wanted, limit_bytes=DOCUMENT_MAX_BYTES, seconds=TOC_FROM_PEERS_SECONDS
+        )
+        if document is None:
+            return None
+        try:
+            return await trio.to_thread.run_sync(
+                open_document, document, descriptor.size, descriptor.media_type, descriptor.annotations
+            )
+        except (
+            ImageInvalid
+        ) as error:  # the manifest's own fault, or a format that needs its footer: ask the blob
+            log.info("toc.not_usable", blob=str(descriptor.digest), reason=error.what)
+            return None
 
     async def _known(
         self, descriptor: Descriptor, diff_id: Callable[[], Awaitable[Digest]]
@@ -241,6 +271,10 @@ class LayerOpener:
                 payload_end=opened.footer.payload_end,
             )
             await self._remember(descriptor, facts, opened.toc.digest, opened.toc_json)
+            if opened.document is not opened.toc_json:
+                await self._documents.keep(
+                    await trio.to_thread.run_sync(Digest.of, opened.document), opened.document
+                )
         return await self._finish(
             descriptor, opened.toc, layout, opened.footer.kind, unverified=not opened.vouched
         )

@@ -20,6 +20,7 @@ from p2pgz.core.content import FileRef, content_key
 from p2pgz.core.digest import Digest
 from p2pgz.core.media import (
     MAX_INDEX_DEPTH,
+    MAX_MANIFEST_BYTES,
     SIZE_UNKNOWN,
     Descriptor,
     ImageConfig,
@@ -30,9 +31,10 @@ from p2pgz.core.media import (
     select_platform,
 )
 from p2pgz.core.platform import Platform
-from p2pgz.core.ports import ImageSource
+from p2pgz.core.ports import ImageSource, PeerSource
 from p2pgz.core.reference import Reference
-from p2pgz.errors import ImageInvalid, ImageNotFound, IntegrityError, PoolFull, SourceUnavailable, StateError
+from p2pgz.errors import ImageInvalid, ImageNotFound, IntegrityError, SourceUnavailable, StateError
+from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer, domain_of
@@ -60,11 +62,14 @@ BROKEN_HINT: Final = "this copy is damaged or was built wrongly: get another one
 class ImageOpener:
     """Opens images; keeps the open ones, since mounts of one image share their tree."""
 
-    def __init__(self, pool: Pool, fetcher: ChunkFetcher, state_path: Path) -> None:
+    def __init__(
+        self, pool: Pool, fetcher: ChunkFetcher, state_path: Path, peers: PeerSource | None = None
+    ) -> None:
         self._pool = pool
         self._fetcher = fetcher
         self._trees = state_path / TREES
-        self._layers = LayerOpener(pool, fetcher.counters, state_path)
+        self._documents = Documents(pool, peers)
+        self._layers = LayerOpener(pool, self._documents, fetcher.counters, state_path)
         self._opening: dict[Digest, trio.Lock] = {}
 
     async def open(
@@ -150,15 +155,17 @@ class ImageOpener:
             )
 
     async def _document(self, source: ImageSource, descriptor: Descriptor) -> bytes:
-        """A document from the pool, or from the source and then kept."""
-        kept = await self._pool.get_object(descriptor.digest)
-        if kept is not None and descriptor.size in (len(kept), SIZE_UNKNOWN):
-            return kept
-        document = await source.document(descriptor)
-        try:
-            await self._pool.put_object(descriptor.digest, document)
-        except PoolFull as error:
-            log.warning("document.not_kept", digest=str(descriptor.digest), reason=error.what)
+        """A document from the pool, from peers, or from the source."""
+        known_size = descriptor.size != SIZE_UNKNOWN
+        document = await self._documents.get(
+            descriptor.digest,
+            limit_bytes=descriptor.size if known_size else MAX_MANIFEST_BYTES,
+            from_source=lambda: source.document(descriptor),
+        )
+        if known_size and len(document) != descriptor.size:
+            raise ImageInvalid(
+                f"{descriptor.digest} has {len(document)} bytes, not the {descriptor.size} that its descriptor says"
+            )
         return document
 
     async def _known(

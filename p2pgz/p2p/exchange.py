@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -19,7 +20,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.hello import Refused
 from p2pgz.core.messages import GoodbyeReason
 from p2pgz.core.peerid import PeerId
-from p2pgz.core.ports import Landed, PeerAnswer
+from p2pgz.core.ports import Holder, Landed, PeerAnswer
 from p2pgz.core.standing import Fault, Standing
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
 from p2pgz.p2p.connection import Connection
@@ -37,6 +38,9 @@ PER_PEER_MAX: Final = 4
 DIAL_SECONDS: Final = 3.0
 ACCEPT_SECONDS: Final = 10.0
 HANDSHAKES_MAX: Final = 64
+# A document is small or rare: three peers at a time find one quickly and cost little when none has it
+DOCUMENT_ASKS_AT_ONCE: Final = 3
+DOCUMENT_SECONDS: Final = 5.0
 # how soon followers learn of new chunks; more often would cost more than it helps
 TELL_SECONDS: Final = 0.05
 
@@ -234,6 +238,24 @@ class Exchange:
         found.sort(key=Connection.expected_seconds)
         return list(dict.fromkeys(c.peer for c in found))
 
+    def swarm_holders(self, swarm: bytes) -> list[Holder]:
+        """Peers with anything of the swarm, the quickest first; see `core.ports.PeerSource`."""
+        now = trio.current_time()
+        best: dict[PeerId, Connection] = {}
+        for connection in sorted(self.connections(), key=Connection.expected_seconds):
+            if connection.peer not in best and connection.bitmaps.count(swarm):
+                best[connection.peer] = connection
+        return [
+            Holder(
+                peer,
+                partial(connection.bitmaps.has, swarm),
+                connection.expected_seconds(),
+                connection.downloads.link.bytes_per_second,
+            )
+            for peer, connection in best.items()
+            if not self.standing.out_until(peer, now)
+        ]
+
     async def fetch(
         self,
         peer: PeerId,
@@ -261,17 +283,31 @@ class Exchange:
 
     async def document(self, digest: bytes, *, limit_bytes: int) -> bytes | None:
         """A TOC, manifest or config from whichever peer has it, checked; None when none has."""
-        for connection in sorted(self.connections(), key=Connection.expected_seconds):
-            try:
+        todo = sorted(self.connections(), key=Connection.expected_seconds, reverse=True)
+        found: list[bytes] = []
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                while todo and not found:
+                    data = await self._document_from(todo.pop(), digest, limit_bytes)
+                    if data is not None:
+                        found.append(data)
+                        nursery.cancel_scope.cancel()
+
+            for _ in range(DOCUMENT_ASKS_AT_ONCE):
+                nursery.start_soon(ask)
+        return found[0] if found else None
+
+    async def _document_from(self, connection: Connection, digest: bytes, limit_bytes: int) -> bytes | None:
+        try:
+            with trio.fail_after(DOCUMENT_SECONDS):
                 data = await connection.document(digest, limit_bytes=limit_bytes)
-            except SourceUnavailable:
-                continue
-            if data is None:
-                continue
-            if hashlib.sha256(data).digest() == digest:
-                return data
-            error = ChunkCorrupt(f"peer {connection.peer}: document {Digest(digest)} has other bytes")
-            connection.blame(error, Fault.CORRUPT)
+        except (P2pgzError, trio.TooSlowError):
+            return None
+        if data is None or hashlib.sha256(data).digest() == digest:
+            return data
+        error = ChunkCorrupt(f"peer {connection.peer}: document {Digest(digest)} has other bytes")
+        connection.blame(error, Fault.CORRUPT)
         return None
 
     async def _tell(self) -> None:

@@ -14,6 +14,7 @@ from p2pgz.core.reference import parse_reference
 from p2pgz.core.schedule import Priority
 from p2pgz.errors import ChunkCorrupt, ImageNotFound, SourceUnavailable
 from p2pgz.fetch.background import fill, prefetch
+from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.layers import LayerOpener
@@ -75,7 +76,7 @@ async def bench(tmp_path, vector="basic.esgz64k", *, deadline=5.0, blob=None, an
         async def no_progress(_):
             await trio.lowlevel.checkpoint()
 
-        layer = await LayerOpener(pool, fetcher.counters, tmp_path / "state").open(
+        layer = await LayerOpener(pool, Documents(pool, None), fetcher.counters, tmp_path / "state").open(
             parse_reference("registry.test/image"),
             source,
             descriptor,
@@ -218,7 +219,7 @@ async def test_equal_chunks_of_another_segment_are_copied_not_fetched(tmp_path):
         descriptor = replace(
             b.source.add((VECTORS / other["blob"]).read_bytes()), annotations=other["annotations"]
         )
-        layer = await LayerOpener(b.pool, b.fetcher.counters, tmp_path / "state").open(
+        layer = await LayerOpener(b.pool, Documents(b.pool, None), b.fetcher.counters, tmp_path / "state").open(
             parse_reference("registry.test/image"),
             b.source,
             descriptor,

@@ -1,0 +1,89 @@
+"""Manifests, configs and TOCs by digest: from the pool, from peers, or from the image's source, whichever has it first.
+
+Called by the image opener. Peers get a short head start, since what they have costs the registry nothing; a source that
+fails does not end the search while peers are still asked. Whatever comes is checked against its digest before it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+import trio
+
+from p2pgz.core.digest import Digest
+from p2pgz.core.ports import PeerSource
+from p2pgz.errors import P2pgzError, PoolFull
+from p2pgz.pool.pool import Pool
+
+log = structlog.get_logger(component="fetch")
+
+# A peer in the rack answers in 2 ms, one in another region in 100: longer would be felt at every mount
+HEAD_START_SECONDS: Final = 0.15
+# All peers together, when nobody else can answer
+PEERS_SECONDS: Final = 10.0
+
+
+class Documents:
+    """Gets and keeps documents. `peers` None: this node has none."""
+
+    def __init__(self, pool: Pool, peers: PeerSource | None) -> None:
+        self._pool = pool
+        self._peers = peers
+
+    async def get(
+        self, digest: Digest, *, limit_bytes: int, from_source: Callable[[], Awaitable[bytes]]
+    ) -> bytes:
+        """The document; raises what the source raises when no peer has it either."""
+        kept = await self._pool.get_object(digest)
+        if kept is not None:
+            return kept
+        if self._peers is None:
+            return await self.keep(digest, await from_source())
+        found: list[bytes] = []
+        failures: list[P2pgzError] = []
+        head_start = trio.Event()
+
+        async with trio.open_nursery() as nursery:
+
+            async def ask_peers() -> None:
+                document = await self.from_peers(digest, limit_bytes=limit_bytes)
+                if document is not None:
+                    found.append(document)
+                    nursery.cancel_scope.cancel()
+                head_start.set()
+
+            async def ask_source() -> None:
+                with trio.move_on_after(HEAD_START_SECONDS):
+                    await head_start.wait()
+                try:
+                    found.append(await from_source())
+                except P2pgzError as error:
+                    failures.append(error)
+                    return
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(ask_peers)
+            nursery.start_soon(ask_source)
+        if not found:
+            raise failures[0]
+        return await self.keep(digest, found[0])
+
+    async def from_peers(
+        self, digest: Digest, *, limit_bytes: int, seconds: float = PEERS_SECONDS
+    ) -> bytes | None:
+        """The document if a connected peer has it, not kept yet; None otherwise."""
+        if self._peers is None:
+            return None
+        with trio.move_on_after(seconds):
+            return await self._peers.document(digest.raw, limit_bytes=limit_bytes)
+        return None
+
+    async def keep(self, digest: Digest, document: bytes) -> bytes:
+        """Keep a document whose digest is checked; a full disk costs the next one who needs it a request, nothing else."""
+        try:
+            await self._pool.put_object(digest, document)
+        except PoolFull as error:
+            log.warning("document.not_kept", digest=str(digest), reason=error.what)
+        return document
