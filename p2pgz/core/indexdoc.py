@@ -7,6 +7,7 @@ arrive, and raises ImageInvalid for whatever an honest `core.ownindex` would not
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import msgspec
 
@@ -61,9 +62,10 @@ class _Document(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     diff_id: bytes
     chunk_bytes: int
     stream_bytes: int
-    entries: list[_EntryDocument]
+    # looked at before the first one is made
+    entries: Annotated[list[_EntryDocument], msgspec.Meta(max_length=MAX_PLAIN_ENTRIES)]
     other: bytes
-    warnings: list[str]
+    warnings: Annotated[list[str], msgspec.Meta(max_length=MAX_WARNING_COUNT)]
 
 
 def to_bytes(index: PlainIndex) -> bytes:
@@ -107,8 +109,11 @@ def _runs(chunks: tuple[Chunk, ...]) -> list[tuple[int, int, bytes]]:
     return runs
 
 
-def from_bytes(data: bytes) -> PlainIndex:
-    """Parse what `to_bytes` wrote; raises ImageInvalid."""
+def from_bytes(data: bytes, *, chunks_max: int | None = None) -> PlainIndex:
+    """Parse what `to_bytes` wrote; raises ImageInvalid.
+
+    A few bytes can name a hole of millions of chunks, so who did not make the document sets `chunks_max`.
+    """
     if len(data) > MAX_INDEX_BYTES:
         raise _bad(f"{len(data)} bytes; at most {MAX_INDEX_BYTES} are supported")
     try:
@@ -123,9 +128,8 @@ def from_bytes(data: bytes) -> PlainIndex:
         raise _bad(f"chunks of {document.chunk_bytes} bytes")
     if not 0 <= document.stream_bytes <= _MAX_STREAM_BYTES:
         raise _bad(f"a stream of {document.stream_bytes} bytes")
-    if len(document.entries) > MAX_PLAIN_ENTRIES or len(document.warnings) > MAX_WARNING_COUNT:
-        raise _bad("too many entries or warnings")
-    reader = _Reader(document.chunk_bytes, document.stream_bytes)
+    limit = MAX_PLAIN_CHUNKS if chunks_max is None else chunks_max
+    reader = _Reader(document.chunk_bytes, document.stream_bytes, limit)
     entries = [reader.entry(entry) for entry in document.entries]
     if document.stream_bytes - reader.stored_bytes > MAX_OTHER_BYTES:
         raise _bad("too many bytes outside chunks")
@@ -140,7 +144,8 @@ def _bad(what: str) -> ImageInvalid:
 class _Reader:
     """Checks entries in the order of the stream, in which their chunks must lie."""
 
-    def __init__(self, chunk_bytes: int, stream_bytes: int) -> None:
+    def __init__(self, chunk_bytes: int, stream_bytes: int, chunks_max: int) -> None:
+        self._chunks_max = chunks_max
         self._chunk_bytes = chunk_bytes
         self._stream_bytes = stream_bytes
         self._position = 0
@@ -184,7 +189,7 @@ class _Reader:
         for start, size, digests in found.runs:
             count = -(-size // self._chunk_bytes)
             self._chunk_count += count
-            if size <= 0 or size > found.size - filled or self._chunk_count > MAX_PLAIN_CHUNKS:
+            if size <= 0 or size > found.size - filled or self._chunk_count > self._chunks_max:
                 raise _bad(f"the runs of {found.name[:200]!r}")
             hole = start == _HOLE
             if not hole:

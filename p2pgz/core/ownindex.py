@@ -1,16 +1,18 @@
 """The own index of a layer that nobody converted: a TOC in our chunking plus the tar's other bytes.
 
 `PlainIndexer` reads the decompressed stream once and gives every chunk's payload on the way; the index it
-ends with is what peers offer under the layer's digest. A receiver rebuilds the stream from chunks and `other`
-and trusts nothing before its sha256 is the diffID. The same stream gives the same index everywhere: chunks
-are cut at fixed offsets inside each file (and where a sparse file's stored runs end), never by content.
-Design, "Reading an image".
+ends with is what peers offer under the layer's diffID. A receiver (`core.indexcheck`) rebuilds the stream from
+chunks and `other` and trusts nothing before it has made the same index of it. The same stream gives the same
+index everywhere: chunks are cut at fixed offsets inside each file (and where a sparse file's stored runs end),
+never by content. Design, "Reading an image".
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import msgspec
 import zstandard
@@ -30,6 +32,9 @@ _OTHER_LEVEL = 3
 _PIECE_BYTES = 1 << 20
 MAX_ID = (1 << 32) - 2  # -1 means "leave as is" to chown
 MAX_DEVICE = (1 << 32) - 1
+_SEGMENT_LABEL: Final = b"p2pgz plain segment 1\0"
+_FILE: Final = struct.Struct(">I")  # chunks of a file
+_CHUNK: Final = struct.Struct(">BQI32s")  # kind, offset in the stream, size, digest
 
 
 class PlainIndex(msgspec.Struct, frozen=True):
@@ -220,7 +225,7 @@ def rebuild(index: PlainIndex, read: Callable[[Chunk], bytes]) -> Iterator[bytes
     The caller hashes what comes and compares it with the diffID it got from the image's config; `read` checks
     each chunk's digest. Raises ImageInvalid when the index does not describe a stream.
     """
-    others = _Others(index.other)
+    others = OtherBytes(index.other)
     at = 0
     for chunk in stored_chunks(index.toc):
         yield from others.take(chunk.offset - at)
@@ -230,6 +235,21 @@ def rebuild(index: PlainIndex, read: Callable[[Chunk], bytes]) -> Iterator[bytes
     others.finish()
 
 
+def segment_toc(toc: Toc) -> Toc:
+    """The TOC under the name of its segment: a hash over the diffID, and over where which chunk lies.
+
+    The diffID alone would not do. Who has only somebody's word for an index would ask honest peers by (diffID,
+    number) for the chunks of a lie, and blame them for what they give; and a segment made by a lie would stand
+    where the true one belongs.
+    """
+    parts = [_SEGMENT_LABEL, toc.digest.raw]
+    for entry in toc.entries:
+        if entry.chunks:
+            parts.append(_FILE.pack(len(entry.chunks)))
+            parts += [_CHUNK.pack(c.kind, c.offset, c.size, c.digest) for c in entry.chunks]
+    return msgspec.structs.replace(toc, digest=Digest.of(b"".join(parts)))
+
+
 def stored_chunks(toc: Toc) -> list[Chunk]:
     """The chunks that the stream holds, in its order."""
     chunks = [chunk for entry in toc.entries for chunk in entry.chunks if chunk.kind is ChunkKind.DATA]
@@ -237,13 +257,14 @@ def stored_chunks(toc: Toc) -> list[Chunk]:
     return chunks
 
 
-class _Others:
+class OtherBytes:
     """The stream's other bytes, decompressed as far as they are asked for."""
 
     def __init__(self, packed: bytes) -> None:
         self._reader = zstandard.ZstdDecompressor(max_window_size=8 << 20).stream_reader(packed)
 
     def take(self, size: int) -> Iterator[bytes]:
+        """Yield the next `size` bytes; raises ImageInvalid."""
         while size:
             try:
                 piece = self._reader.read(min(size, _PIECE_BYTES))
@@ -255,5 +276,6 @@ class _Others:
             yield piece
 
     def finish(self) -> None:
+        """There must be no more of them; raises ImageInvalid."""
         if self._reader.read(1):
             raise ImageInvalid("index of a plain layer: its other bytes are too many")
