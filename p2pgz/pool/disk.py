@@ -1,7 +1,8 @@
 """What the pool asks of the operating system: chunk bytes in and out, durability, and whether a place is fit.
 
-`Disk` is a port: tests pass one that fails on purpose. Its calls block; the pool decides what runs in a
-thread. Errors of the system leave as OSError; the pool gives them their names.
+`Disk` is a port, and all that the pool changes on the disk goes through it: tests pass one that fails on
+purpose, or that keeps the record from which crashes are made. Its calls block; the pool decides what runs in
+a thread. Errors of the system leave as OSError; the pool gives them their names.
 """
 
 from __future__ import annotations
@@ -59,6 +60,46 @@ _libc.statfs.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
 class Disk:
     """The real thing."""
 
+    sqlite_vfs: str | None = None
+    """what SQLite does its own changes through; None is SQLite's own"""
+
+    def create(self, path: Path) -> int:
+        """A new file in place of what has this name, open for writing."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a directory for its owner only, unless it is there."""
+        path.mkdir(mode=0o700, exist_ok=True)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file another name, in place of what has that name; durable with the directory's sync."""
+        source.replace(target)
+
+    def unlink(self, path: Path) -> None:
+        """Take a name away, if it is there; durable with the directory's sync."""
+        path.unlink(missing_ok=True)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Give a file this size."""
+        os.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        """Make what was written durable, and what the inode says."""
+        os.fsync(fd)
+
+    def sync_directory(self, directory: Path) -> None:
+        """Make creations, renames and removals in it durable."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def stamp(self, fd: int) -> str:
+        """Tells whether a file is the one it was, untouched."""
+        status = os.fstat(fd)
+        return f"{status.st_ino}.{status.st_size}.{status.st_mtime_ns}"
+
     def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
         """Write all of `data`."""
         view = memoryview(data).cast("B")
@@ -93,6 +134,9 @@ class Disk:
         if _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, count) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+
+_REAL_DISK: Final = Disk()
 
 
 def read_fully(fd: int, count: int, offset: int) -> bytes:
@@ -140,12 +184,12 @@ def refuse_unfit_file_system(directory: Path) -> None:
         )
 
 
-def mark_as_cache(directory: Path) -> None:
+def mark_as_cache(directory: Path, disk: Disk) -> None:
     """Tell backup and dump programs to leave the pool alone; best effort."""
     tag = directory / "CACHEDIR.TAG"
     with contextlib.suppress(OSError):
         if not tag.exists():
-            write_durably(tag, _CACHEDIR_TAG)
+            write_durably(tag, _CACHEDIR_TAG, disk)
     with contextlib.suppress(OSError):
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -157,16 +201,16 @@ def mark_as_cache(directory: Path) -> None:
             os.close(fd)
 
 
-def write_durably(path: Path, data: Buffer) -> None:
+def write_durably(path: Path, data: Buffer, disk: Disk = _REAL_DISK) -> None:
     """Create or replace a file so that after a crash it has the old bytes or the new, never a part."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = disk.create(temporary)
     try:
-        Disk().pwrite(fd, data, 0)
-        os.fsync(fd)
+        disk.pwrite(fd, data, 0)
+        disk.fsync(fd)
     finally:
         os.close(fd)
-    temporary.replace(path)
+    disk.replace(temporary, path)
 
 
 TEMPORARY_SUFFIX: Final = ".tmp"
@@ -180,8 +224,9 @@ class Reserve:
 
     def fill(self) -> None:
         """Take the room, if there is enough; best effort. Blocks."""
-        if self._path.exists():
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_size == RESERVE_BYTES:  # less: the machine stopped while it was made
+                return
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -202,15 +247,6 @@ class Reserve:
 
 # The log of a restart and some removals; SQLite's log stays below 4 MiB (1000 pages) in between
 RESERVE_BYTES: Final = 8 << 20
-
-
-def sync_directory(directory: Path) -> None:
-    """Make creations, renames and removals in it durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

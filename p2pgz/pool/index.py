@@ -22,7 +22,7 @@ import structlog
 import trio
 
 from p2pgz.errors import PoolFull, StateError
-from p2pgz.pool.disk import Reserve
+from p2pgz.pool.disk import Disk, Reserve
 
 log = structlog.get_logger(component="pool")
 T = TypeVar("T")
@@ -114,17 +114,17 @@ class Index:
         """whether it began empty just now"""
 
     @classmethod
-    def open(cls, path: Path) -> Index:
+    def open(cls, path: Path, disk: Disk) -> Index:
         """Open or make the database at `path`. Blocks; call it in a thread. Raises StateError."""
         reserve = Reserve(path.with_name("index.reserve"))
         try:
-            writer, fresh = _open_or_begin(path)
+            writer, fresh = _open_or_begin(path, disk)
         except (PoolFull, StateError):
             # a full disk shows as one or the other, since SQLite makes files when it opens a database
             if not reserve.release():
                 raise
-            writer, fresh = _open_or_begin(path)
-        reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+            writer, fresh = _open_or_begin(path, disk)
+        reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=disk.sqlite_vfs)
         reader.set_busy_timeout(5000)
         index = cls(reader, writer, reserve, fresh=fresh)
         index.take_reserve()
@@ -221,18 +221,18 @@ class Index:
             yield from self.rows(f"{sql} ({marks})", part)
 
 
-def _open_or_begin(path: Path) -> tuple[apsw.Connection, bool]:
+def _open_or_begin(path: Path, disk: Disk) -> tuple[apsw.Connection, bool]:
     fresh = not path.exists()
     try:
-        return _connect(path), fresh
+        return _connect(path, disk), fresh
     except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as error:
-        _move_aside(path, error)
-        return _connect(path), True
+        _move_aside(path, error, disk)
+        return _connect(path, disk), True
 
 
-def _connect(path: Path) -> apsw.Connection:
+def _connect(path: Path, disk: Disk) -> apsw.Connection:
     with _named_errors(pass_damage=True):
-        connection = apsw.Connection(str(path))
+        connection = apsw.Connection(str(path), vfs=disk.sqlite_vfs)
         path.chmod(0o600)
         connection.set_busy_timeout(5000)
         version = connection.pragma("user_version")
@@ -258,7 +258,7 @@ def _connect(path: Path) -> apsw.Connection:
         return connection
 
 
-def _move_aside(path: Path, error: apsw.Error) -> None:
+def _move_aside(path: Path, error: apsw.Error, disk: Disk) -> None:
     damaged = path.with_name(path.name + ".damaged")
     log.error(
         "index.damaged",
@@ -268,10 +268,9 @@ def _move_aside(path: Path, error: apsw.Error) -> None:
         effect="a new index is begun; chunks that the pool's files hold are checked when first used",
     )
     for suffix in ("-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).unlink()
+        disk.unlink(path.with_name(path.name + suffix))
     with suppress(FileNotFoundError):
-        path.replace(damaged)
+        disk.replace(path, damaged)
 
 
 @contextmanager

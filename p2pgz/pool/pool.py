@@ -29,7 +29,7 @@ from p2pgz.errors import P2pgzError, StateError
 from p2pgz.pool.catalog import Catalog
 from p2pgz.pool.chunks import DISK_THREADS
 from p2pgz.pool.commit import Committer
-from p2pgz.pool.disk import Disk, locked, mark_as_cache, named, refuse_unfit_file_system, sync_directory
+from p2pgz.pool.disk import Disk, locked, mark_as_cache, named, refuse_unfit_file_system
 from p2pgz.pool.index import Index
 from p2pgz.pool.removal import ChunkRemoval
 from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta
@@ -67,7 +67,7 @@ class Pool(ChunkRemoval):
     def __init__(self, directory: Path, index: Index, disk: Disk, quota_bytes: int) -> None:
         limiter = trio.CapacityLimiter(DISK_THREADS)
         committer = Committer(disk, index, limiter)
-        shelf = Shelf(directory, index, committer.committing)
+        shelf = Shelf(directory, index, committer.committing, disk)
         super().__init__(index, disk, shelf, committer, limiter)
         self.directory = directory
         self.quota_bytes = quota_bytes
@@ -89,21 +89,22 @@ class Pool(ChunkRemoval):
         Leaving the context makes everything durable and marks a clean stop, whatever ended the body.
         """
         directory = state_dir / "pool"
+        disk = disk or Disk()
         async with AsyncExitStack() as stack:
             try:
                 state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if check_filesystem:
                     refuse_unfit_file_system(state_dir)
-                directory.mkdir(mode=0o700, exist_ok=True)
+                disk.mkdir(directory)
                 stack.enter_context(locked(state_dir / "lock"))
-                await trio.to_thread.run_sync(mark_as_cache, directory)
-                index = await trio.to_thread.run_sync(Index.open, state_dir / "index.db")
+                await trio.to_thread.run_sync(mark_as_cache, directory, disk)
+                index = await trio.to_thread.run_sync(Index.open, state_dir / "index.db", disk)
                 stack.callback(index.close)
-                await trio.to_thread.run_sync(sync_directory, state_dir)
+                await trio.to_thread.run_sync(disk.sync_directory, state_dir)
             except OSError as error:
                 raise named(error, f"the state directory {state_dir} cannot be used") from error
             await _begin(index, boot_id)
-            pool = cls(directory, index, disk or Disk(), quota_bytes)
+            pool = cls(directory, index, disk, quota_bytes)
             stack.callback(pool._shelf.close)
             await trio.to_thread.run_sync(pool._shelf.sweep)
             failure: Exception | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -26,7 +27,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.layout import FileExtent, SegmentLayout, SegmentTable
 from p2pgz.core.model import ChunkKind
 from p2pgz.errors import ChunkMissing, StateError
-from p2pgz.pool.disk import sync_directory, write_durably
+from p2pgz.pool.disk import Disk, write_durably
 from p2pgz.pool.presence import Presence
 
 SHARED_DOMAIN = "shared"
@@ -82,6 +83,8 @@ class Segment:
         self.held_bytes = 0
         self.unsynced: set[int] = set()
         self.unsynced_bytes = 0
+        self.used_at = array("I", bytes(4 * self.table.chunk_count))
+        """when each chunk came or was asked for, in tenths of a second of the monotonic clock; 0: in an earlier run"""
         self.lost_syncs = 0
         """how often a sync failed: what was written before it and is not yet synced cannot be trusted"""
         self._table_buffer = table_buffer
@@ -138,10 +141,20 @@ class Segment:
         size, kind = self.table.size, self.table.kind
         return sum(size[n] for n in chunks if kind[n] != ChunkKind.ZEROS)
 
+    def touch(self, chunks: Iterable[int]) -> None:
+        """Note that these were needed just now."""
+        now = tenths_now()
+        for n in chunks:
+            self.used_at[n] = now
+
     def take_record(self, bitmap: bytes, held_bytes: int) -> None:
         """Set what the index says is here."""
         self.on_record.load(bitmap)
         self.held_bytes = held_bytes
+
+    def is_busy(self, n: int) -> bool:
+        """Whether somebody writes, copies, reads or removes a chunk just now."""
+        return n in self._busy or n in self._removing
 
     async def claim(self, chunks: Collection[int]) -> None:
         """Keep chunks from being removed until `release`; waits while one of them is."""
@@ -158,8 +171,9 @@ class Segment:
                 del self._busy[n]
         self._wake()
 
-    async def begin_removal(self, chunks: Collection[int]) -> None:
-        """Clear bits once nobody writes or copies the chunks; nobody starts to until `end_removal`."""
+    async def begin_removal(self, chunks: Collection[int]) -> list[int]:
+        """Clear bits once nobody writes or copies the chunks; nobody starts to until `end_removal`. Returns those
+        that were set."""
         while not self._removing.isdisjoint(chunks):
             await self._changed.wait()
         self._removing.update(chunks)
@@ -169,8 +183,10 @@ class Segment:
         except BaseException:
             self.end_removal(chunks)
             raise
-        for n in chunks:
+        cleared = [n for n in chunks if self.presence.has(n)]
+        for n in cleared:
             self.presence.clear(n)
+        return cleared
 
     def end_removal(self, chunks: Iterable[int]) -> None:
         """Undo `begin_removal`, except for the bits."""
@@ -181,6 +197,18 @@ class Segment:
         if self._changed.statistics().tasks_waiting:
             self._changed.set()
             self._changed = trio.Event()
+
+    def take_file(self, data_fd: int) -> None:
+        """Go on with another, empty file; nothing is present. Slices that somebody still holds keep the old one."""
+        old_fd, old_map, old_view = self.data_fd, self._map, self._view
+        self._map = mmap.mmap(data_fd, self._bytes, mmap.MAP_SHARED, mmap.PROT_READ) if self._bytes else None
+        self._view = memoryview(self._map) if self._map is not None else memoryview(b"")
+        self.data_fd = data_fd
+        old_view.release()
+        with contextlib.suppress(BufferError):
+            if old_map is not None:
+                old_map.close()
+        os.close(old_fd)
 
     def close(self) -> None:
         """Close descriptors and unmap; slices that somebody still holds keep the map until they are gone."""
@@ -196,6 +224,11 @@ class Segment:
             os.close(self.table_fd)
             self.table_fd = -1
         self.presence.close()
+
+
+def tenths_now() -> int:
+    """The clock of `Segment.used_at`."""
+    return int(time.monotonic() * 10)
 
 
 def starts_of(layout: SegmentLayout) -> array[int]:
@@ -226,23 +259,25 @@ def map_table(path: Path) -> mmap.mmap | bytes:
         os.close(fd)
 
 
-def create_files(table_path: Path, data_path: Path, table: bytes | None, segment_bytes: int) -> None:
+def create_files(
+    table_path: Path, data_path: Path, table: bytes | None, segment_bytes: int, disk: Disk
+) -> None:
     """Write a segment's files where needed; `table` is None when the one on disk is right. Blocks on fsync.
 
     The data file gets its full size at once and never another one.
     """
     if not data_path.exists():
-        write_durably(data_path, b"")
+        write_durably(data_path, b"", disk)
     fd = os.open(data_path, os.O_RDWR | os.O_CLOEXEC)
     try:
         if os.fstat(fd).st_size != segment_bytes:
-            os.ftruncate(fd, segment_bytes)
-            os.fsync(fd)
+            disk.truncate(fd, segment_bytes)
+            disk.fsync(fd)
     finally:
         os.close(fd)
     if table is not None:
-        write_durably(table_path, table)
-    sync_directory(table_path.parent)
+        write_durably(table_path, table, disk)
+    disk.sync_directory(table_path.parent)
 
 
 def chunks_with_data(data_fd: int, table: SegmentTable) -> bytes:

@@ -12,7 +12,6 @@ import hashlib
 import mmap
 import os
 from array import array
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout, SegmentTable
 from p2pgz.errors import P2pgzError, StateError
 from p2pgz.pool.commit import complete_files, erase
-from p2pgz.pool.disk import TEMPORARY_SUFFIX, named
+from p2pgz.pool.disk import TEMPORARY_SUFFIX, Disk, named
 from p2pgz.pool.index import Index, SegmentRow
 from p2pgz.pool.presence import Presence, is_bitmap, iterate_bits
 from p2pgz.pool.segment import (
@@ -60,8 +59,9 @@ class _Known:
 class Shelf:
     """All segments, open or not. Opening one that exists is synchronous (about 0.1 ms and 1 ms/MB of table)."""
 
-    def __init__(self, directory: Path, index: Index, committing: trio.Lock) -> None:
+    def __init__(self, directory: Path, index: Index, committing: trio.Lock, disk: Disk) -> None:
         self._directory = directory
+        self._disk = disk
         self._index = index
         self._committing = committing
         self._open: dict[int, Segment] = {}
@@ -147,7 +147,7 @@ class Shelf:
                 log.error(
                     "pool.segment_truncated", file=str(data_path), size=size, expected=table.segment_bytes
                 )
-                os.ftruncate(data_fd, table.segment_bytes)
+                self._disk.truncate(data_fd, table.segment_bytes)
             starts = checked_starts(known.file_starts, table.chunk_count)
             segment = Segment(
                 buffer,
@@ -173,7 +173,7 @@ class Shelf:
         segment.take_record(known.present, known.held_bytes)
         if size < segment.table.segment_bytes:
             self._cut(segment, size)
-        elif known.verified is not None and known.stamp == stamp_of(segment.data_fd):
+        elif known.verified is not None and known.stamp == self._disk.stamp(segment.data_fd):
             both = int.from_bytes(known.verified, "little") & int.from_bytes(known.present, "little")
             segment.presence.load(both.to_bytes(len(known.present), "little"))
 
@@ -201,9 +201,11 @@ class Shelf:
                 old = b""
             if old and old[:_MAGIC_BYTES] != content[:_MAGIC_BYTES]:
                 # another version's addresses: its bytes would lie in what must be holes here
-                data_path.unlink(missing_ok=True)
+                self._disk.unlink(data_path)
             size = data_path.stat().st_size if data_path.exists() else 0
-            create_files(table_path, data_path, None if old == content else content, table.segment_bytes)
+            create_files(
+                table_path, data_path, None if old == content else content, table.segment_bytes, self._disk
+            )
             return size, map_table(table_path)
 
         try:
@@ -256,7 +258,7 @@ class Shelf:
     def sweep(self) -> None:
         """Delete what a crash left half made, and count the files that no row knows. Blocks."""
         for path in self._directory.glob("*" + TEMPORARY_SUFFIX):
-            path.unlink()
+            self._disk.unlink(path)
         orphans = self.orphans()
         if orphans:
             log.warning(
@@ -284,7 +286,7 @@ class Shelf:
         async with self._making:  # a segment that is being made has files before it has a row
             orphans = self.orphans()
             for path in orphans:
-                path.unlink(missing_ok=True)
+                self._disk.unlink(path)
         return sum(orphans.values())
 
     async def forget(self, segment: Segment) -> None:
@@ -303,8 +305,7 @@ class Shelf:
         del self._rows[segment.domain, segment.id]
         del self._open[segment.row]
         for path in (segment.table_path, segment.path):
-            with suppress(FileNotFoundError):
-                path.unlink()
+            self._disk.unlink(path)
 
     async def seal(self) -> None:
         """Write down what has been verified; the last thing before a clean stop."""
@@ -314,7 +315,7 @@ class Shelf:
                     int.from_bytes(segment.presence.to_bytes(), "little")
                     & int.from_bytes(segment.on_record.to_bytes(), "little")
                 ).to_bytes(segment.presence.bitmap_bytes, "little"),
-                stamp_of(segment.data_fd),
+                self._disk.stamp(segment.data_fd),
                 segment.row,
             )
             for segment in self._open.values()
@@ -330,12 +331,6 @@ class Shelf:
         for segment in self._open.values():
             segment.close()
         self._open.clear()
-
-
-def stamp_of(data_fd: int) -> str:
-    """Tells whether a data file is the one it was, untouched."""
-    status = os.fstat(data_fd)
-    return f"{status.st_ino}.{status.st_size}.{status.st_mtime_ns}"
 
 
 def _insert(connection: apsw.Connection, segment: Segment, content: bytes) -> int:
