@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Any, Final
 
 from p2pgz.core.admission import PROOF_BYTES, PROOFS_MAX
 from p2pgz.core.digest import SHA256_BYTES
@@ -45,6 +45,9 @@ from p2pgz.core.messages import (
     Missing,
     Ping,
     Pong,
+    Proof,
+    ProofDocWant,
+    ProofJoin,
     Run,
     Want,
 )
@@ -59,6 +62,8 @@ _DOCUMENT: Final = struct.Struct(">III")
 _BUSY: Final = struct.Struct(">II")
 _BITMAP: Final = struct.Struct(f">{SHA256_BYTES}sI")
 _DELTA: Final = struct.Struct(f">{SHA256_BYTES}sHH")
+_PROOF: Final = struct.Struct(f"{SHA256_BYTES}s{PROOF_BYTES}s")
+_PROOF_DOC_WANT: Final = struct.Struct(f">I{SHA256_BYTES}s{PROOF_BYTES}s")
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _GOODBYE: Final = struct.Struct(">B")
@@ -223,6 +228,12 @@ def _swarm(view: memoryview) -> bytes:
     return bytes(view)
 
 
+def _exactly(layout: struct.Struct, view: memoryview, name: str) -> tuple[Any, ...]:
+    if len(view) != layout.size:
+        raise _short(name)
+    return layout.unpack(view)
+
+
 def _numbered(layout: struct.Struct, view: memoryview) -> int:
     if len(view) != layout.size:
         raise _short("PING, PONG")
@@ -245,6 +256,9 @@ _PARSERS: Final[dict[int, Callable[[memoryview], Frame]]] = {
     FrameType.LEAVE: lambda view: Leave(_swarm(view)),
     FrameType.BITMAP: _parse_bitmap,
     FrameType.BITMAP_DELTA: _parse_delta,
+    FrameType.PROOF_JOIN: lambda view: ProofJoin(*_exactly(_PROOF, view, "PROOF_JOIN")),
+    FrameType.PROOF: lambda view: Proof(*_exactly(_PROOF, view, "PROOF")),
+    FrameType.PROOF_DOC_WANT: lambda view: ProofDocWant(*_exactly(_PROOF_DOC_WANT, view, "PROOF_DOC_WANT")),
 }
 
 _RUNS_BYTES: Final = RUNS_MAX * _RUN.size
@@ -265,6 +279,9 @@ BODY_MAX_BYTES: Final[dict[int, int]] = {
     FrameType.LEAVE: SHA256_BYTES,
     FrameType.BITMAP: _BITMAP.size + BITMAP_CHUNKS_MAX // 8,
     FrameType.BITMAP_DELTA: _DELTA.size + 2 * _RUNS_BYTES,
+    FrameType.PROOF_JOIN: _PROOF.size,
+    FrameType.PROOF: _PROOF.size,
+    FrameType.PROOF_DOC_WANT: _PROOF_DOC_WANT.size,
 }
 # what one connection can make us hold before a frame is complete
 FRAME_MAX_BYTES: Final = _HEADER.size + max(BODY_MAX_BYTES.values())
@@ -304,6 +321,12 @@ def encode(frame: Frame) -> bytes:
         case BitmapDelta(swarm, got, lost):
             head = _DELTA.pack(swarm, len(got), len(lost))
             kind, body = FrameType.BITMAP_DELTA, head + _encode_runs(got) + _encode_runs(lost)
+        case ProofJoin(swarm, proof):
+            kind, body = FrameType.PROOF_JOIN, swarm + proof
+        case Proof(swarm, proof):
+            kind, body = FrameType.PROOF, swarm + proof
+        case ProofDocWant(request, name, proof):
+            kind, body = FrameType.PROOF_DOC_WANT, _PROOF_DOC_WANT.pack(request, name, proof)
         case Hello():
             kind, body = FrameType.HELLO, _encode_hello(frame)
         case Ping(token):

@@ -35,7 +35,7 @@ Run = tuple[int, int]
 
 
 class FrameType(IntEnum):
-    """The type byte. 0x20 to 0x2f are kept for leases, 0x30 to 0x3f for proofs of access."""
+    """The type byte. 0x20 to 0x2f are kept for leases, 0x30 to 0x3f are about proofs of access."""
 
     HELLO = 0x01
     PING = 0x02
@@ -52,6 +52,9 @@ class FrameType(IntEnum):
     LEAVE = 0x19
     BITMAP = 0x1A
     BITMAP_DELTA = 0x1B
+    PROOF_JOIN = 0x30
+    PROOF = 0x31
+    PROOF_DOC_WANT = 0x32
 
 
 class Feature(IntFlag):
@@ -59,6 +62,8 @@ class Feature(IntFlag):
 
     ZSTD = 1
     """DATA may come compressed"""
+    PROOF = 2
+    """swarms and documents that need a proof: the frames from 0x30 on"""
 
 
 class DataFlag(IntFlag):
@@ -203,9 +208,31 @@ class BitmapDelta(msgspec.Struct, frozen=True):
     lost: tuple[Run, ...] = ()
 
 
+class ProofJoin(msgspec.Struct, frozen=True):
+    """The same as Join, of a swarm that is for those who know its image: with the proof that the sender does."""
+
+    swarm: bytes
+    proof: bytes
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """The sender knows the image of this swarm, too. Comes before the first Bitmap of such a swarm that has anything."""
+
+    swarm: bytes
+    proof: bytes
+
+
+class ProofDocWant(msgspec.Struct, frozen=True):
+    """The same as DocWant, of a document of such an image, by the name that only those who know the image can compute."""
+
+    request: int
+    name: bytes
+    proof: bytes
+
+
 Frame = (
     Hello | Ping | Pong | Goodbye | Want | Data | Missing | Busy | Forget | DocWant | Doc | Join | Leave
-    | Bitmap | BitmapDelta
+    | Bitmap | BitmapDelta | ProofJoin | Proof | ProofDocWant
 )  # fmt: skip
 
 

@@ -94,8 +94,11 @@ class Holder(NamedTuple):
 class PeerSource(Protocol):
     """The connected peers. A swarm is the chunks of one TOC; its id is the TOC's sha256 where it is shared openly."""
 
-    def follow(self, swarm: bytes) -> None:
-        """Learn from all peers, present and future, which chunks of the swarm they have."""
+    def follow(self, swarm: bytes, secret: bytes = b"") -> None:
+        """Learn from all peers, present and future, which chunks of the swarm they have.
+
+        With a secret (`core.sharing.SwarmKey`): only from those that prove that they know the image, too.
+        """
         ...
 
     def unfollow(self, swarm: bytes) -> None:
@@ -127,6 +130,9 @@ class PeerSource(Protocol):
         """
         ...
 
-    async def document(self, digest: bytes, *, limit_bytes: int) -> bytes | None:
-        """A TOC, manifest or config from whichever peer has it, checked; None when none has."""
+    async def document(self, digest: bytes, *, limit_bytes: int, secret: bytes = b"") -> bytes | None:
+        """A TOC, manifest or config from whichever peer has it, checked; None when none has.
+
+        With the secret of its image: asked for by a name that others do not understand.
+        """
         ...

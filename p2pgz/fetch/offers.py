@@ -1,20 +1,22 @@
 """The pool as what the exchange gives to peers: `p2p.offers` on segments.
 
-Only chunks verified in this boot, only segments of the shared domain, and only those that `may_share` allows (a layer whose
-TOC nobody vouches for is for this host alone). Bytes are copied out of the segment file before a removal can take them:
-at once when they are in the page cache, otherwise in a thread, under a claim.
+Only chunks verified in this boot, and only what `fetch.shares` says is for every peer, or for those that prove that they
+know its image. What it does not name is unknown here, too: neither pool nor index are looked at. Bytes are copied out of the
+segment file before a removal can take them: at once when they are in the page cache, otherwise in a thread, under a claim.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import trio
 
 from p2pgz.core.digest import SHA256_BYTES, Digest
+from p2pgz.fetch.shares import Shares
 from p2pgz.pool.pool import Pool, Segment
+from p2pgz.pool.segment import SHARED_DOMAIN
 
 # threads that wait for the disk on behalf of peers; the host's own readers have others
 DISK_THREADS: Final = 2
@@ -80,18 +82,23 @@ class SegmentOffer:
 
 
 class PoolOffers:
-    """What of the pool is given away; see `p2p.offers.Offers`."""
+    """What of the pool is given away; see `p2p.offers.Offers`. Without `shares` all of the shared domain is: for tests."""
 
-    def __init__(self, pool: Pool, may_share: Callable[[Segment], bool] = lambda segment: True) -> None:
+    def __init__(self, pool: Pool, shares: Shares | None = None) -> None:
         self._pool = pool
-        self._may_share = may_share
+        self._shares = shares
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         self._offers: dict[int, tuple[Segment, SegmentOffer]] = {}
 
     def swarm(self, swarm: bytes) -> SegmentOffer | None:
-        """The segment of this TOC, if it is here and may be shared."""
-        segment = self._pool.segment(Digest(swarm)) if len(swarm) == SHA256_BYTES else None
-        if segment is None or not self._may_share(segment):
+        """The segment of this TOC, if it is here and every peer may have it."""
+        allowed = self._shares is None or self._shares.is_open_segment(swarm)
+        if len(swarm) != SHA256_BYTES or not allowed:
+            return None
+        return self._offer(self._pool.segment(Digest(swarm)))
+
+    def _offer(self, segment: Segment | None) -> SegmentOffer | None:
+        if segment is None:
             return None
         known = self._offers.get(segment.row)
         if known is None or known[0] is not segment:
@@ -99,8 +106,37 @@ class PoolOffers:
         return known[1]
 
     async def document(self, digest: bytes) -> bytes | None:
-        """A TOC, manifest or config of a shared image."""
+        """A TOC, manifest or config that every peer may have."""
+        if self._shares is not None and not self._shares.is_open_document(digest):
+            await trio.lowlevel.checkpoint()
+            return None
         return await self._pool.get_object(Digest(digest))
+
+    def secret(self, name: bytes) -> bytes | None:
+        """The secret of the image that has a swarm or document of this name."""
+        return self._shares.secret(name) if self._shares is not None else None
+
+    def proven_swarm(self, name: bytes) -> SegmentOffer | None:
+        """The segment that a prover may have under this name."""
+        place = self._shares.closed_segment(name) if self._shares is not None else None
+        return self._offer(self._pool.segment(place[1], place[0])) if place else None
+
+    async def proven_document(self, name: bytes) -> bytes | None:
+        """The document that a prover may have under this name."""
+        place = self._shares.closed_document(name) if self._shares is not None else None
+        if place is None:
+            await trio.lowlevel.checkpoint()
+            return None
+        return await self._pool.get_object(place[1], domain=place[0])
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether the DHT may answer that this host has a document or chunk: it is here, and every peer may have it."""
+        if self._shares is not None and self._shares.is_open_document(digest):
+            return True
+        place = self._pool.find(SHARED_DOMAIN, digest)
+        if place is None or not place[0].presence.has(place[1]):
+            return False
+        return self._shares is None or self._shares.is_open_segment(place[0].id.raw)
 
 
 def _ratio(segment: Segment) -> float:

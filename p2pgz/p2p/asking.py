@@ -23,11 +23,14 @@ from p2pgz.core.messages import (
     Frame,
     Join,
     Leave,
+    ProofDocWant,
+    ProofJoin,
     Want,
     runs_of,
 )
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Landed, PeerAnswer
+from p2pgz.core.sharing import Proofs, document_name
 from p2pgz.core.standing import Fault
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
 from p2pgz.p2p.bitmaps import Bitmaps
@@ -44,13 +47,14 @@ RATE_GUESS_BYTES_PER_SECOND: Final = 60e6
 
 
 class Asking(ABC):
-    """What one peer is asked for."""
+    """What one peer is asked for. `proofs` are those of the connection, if agreed on."""
 
-    def __init__(self, peer: PeerId, *, zstd: bool) -> None:
+    def __init__(self, peer: PeerId, *, zstd: bool, proofs: Proofs | None = None) -> None:
         self.peer = peer
         self.error: P2pgzError | None = None
         """why the connection ended"""
-        self.bitmaps = Bitmaps()
+        self.proofs = proofs
+        self.bitmaps = Bitmaps(proofs)
         self.downloads = Downloads(zstd=zstd)
 
     @property
@@ -128,13 +132,25 @@ class Asking(ABC):
             self.blame(bad, Fault.CORRUPT)
             raise ChunkCorrupt(bad.what, hint=bad.hint) from bad
 
-    async def document(self, digest: bytes, *, limit_bytes: int = DOCUMENT_MAX_BYTES) -> bytes | None:
-        """A TOC, manifest or config by digest, not verified; None when the peer does not have it."""
+    async def document(
+        self, digest: bytes, *, limit_bytes: int = DOCUMENT_MAX_BYTES, secret: bytes = b""
+    ) -> bytes | None:
+        """A TOC, manifest or config by digest, not verified; None when the peer does not have it.
+
+        With the secret of its image the peer sees a name that it understands only if it knows the image, and our proof.
+        """
         self._raise_if_ended()
+        if secret and self.proofs is None:
+            await trio.lowlevel.checkpoint()
+            return None
         document, fetch = DocumentRequest(limit_bytes), Fetch()
         number = self.downloads.new_number()
         self.downloads.documents[number] = (document, fetch)
-        self._say(DocWant(number, digest))
+        if secret and self.proofs is not None:
+            name = document_name(secret, digest)
+            self._say(ProofDocWant(number, name, self.proofs.document(secret, name)))
+        else:
+            self._say(DocWant(number, digest))
         try:
             while not document.done:
                 await fetch.wait()
@@ -143,9 +159,16 @@ class Asking(ABC):
             self.downloads.leave_document(number)
         return None if document.missing else b"".join(document.parts)
 
-    def follow(self, swarm: bytes) -> None:
-        """Ask for the bitmap of a swarm and its changes; `bitmaps` has them from then on."""
-        if not self.ended and self.bitmaps.follow(swarm):
+    def follow(self, swarm: bytes, secret: bytes = b"") -> None:
+        """Ask for the bitmap of a swarm and its changes; `bitmaps` has them from then on.
+
+        With the secret of its image: prove that we know it, and believe nothing before the peer has done so.
+        """
+        if self.ended or not self.bitmaps.follow(swarm, secret):
+            return
+        if secret and self.proofs is not None:
+            self._say(ProofJoin(swarm, self.proofs.join(secret, swarm)))
+        else:
             self._say(Join(swarm))
 
     def unfollow(self, swarm: bytes) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from p2pgz.core.messages import Bitmap, BitmapDelta, Run
+from p2pgz.core.messages import Bitmap, BitmapDelta, Proof, Run
+from p2pgz.core.sharing import Proofs
 from p2pgz.errors import PeerFault
 
 # A chunk may be evicted between two deltas; so many in one connection are no accident
@@ -17,17 +18,21 @@ FOLLOWED_MAX: Final = 1024
 
 
 class _Told:
-    __slots__ = ("bits", "count")
+    __slots__ = ("believed", "bits", "count", "secret")
 
-    def __init__(self) -> None:
+    def __init__(self, secret: bytes) -> None:
+        self.secret = secret
+        """what the peer has to prove that it knows"""
+        self.believed = not secret
         self.count = 0
         self.bits = bytearray()
 
 
 class Bitmaps:
-    """The followed swarms of one peer."""
+    """The followed swarms of one peer. `proofs` are those of the connection, if agreed on."""
 
-    def __init__(self) -> None:
+    def __init__(self, proofs: Proofs | None = None) -> None:
+        self._proofs = proofs
         self._told: dict[bytes, _Told] = {}
         self._left: set[bytes] = set()
         self.lies = 0
@@ -35,11 +40,11 @@ class Bitmaps:
     def __bool__(self) -> bool:
         return bool(self._told)
 
-    def follow(self, swarm: bytes) -> bool:
-        """Whether the peer is to be asked (not followed yet)."""
-        if swarm in self._told or len(self._told) >= FOLLOWED_MAX:
+    def follow(self, swarm: bytes, secret: bytes = b"") -> bool:
+        """Whether the peer is to be asked (not followed yet). With a secret, it has to prove that it knows it, too."""
+        if swarm in self._told or len(self._told) >= FOLLOWED_MAX or (secret and self._proofs is None):
             return False
-        self._told[swarm] = _Told()
+        self._told[swarm] = _Told(secret)
         self._left.discard(swarm)
         return True
 
@@ -60,10 +65,23 @@ class Bitmaps:
         told = self._told.get(swarm)
         return int.from_bytes(told.bits, "little").bit_count() if told is not None else 0
 
+    def on_proof(self, frame: Proof) -> None:
+        """The peer proves that it knows the image of a swarm. Raises PeerFault when it does not."""
+        told = self._find(frame.swarm)
+        if told is None:
+            return
+        if self._proofs is None or not told.secret:
+            raise PeerFault("a proof of access that nobody asked for")
+        if not self._proofs.shares(told.secret, frame.swarm, frame.proof):
+            raise PeerFault("a wrong proof of access")
+        told.believed = True  # it may come once more, when we have left and joined again
+
     def on_bitmap(self, frame: Bitmap) -> None:
         """Take a whole bitmap. Raises PeerFault."""
         told = self._find(frame.swarm)
         if told is not None:
+            if frame.count and not told.believed:
+                raise PeerFault("the bitmap of a swarm whose image the peer has not proven to know")
             told.count, told.bits = frame.count, bytearray(frame.bits)
 
     def on_delta(self, frame: BitmapDelta) -> None:

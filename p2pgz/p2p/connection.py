@@ -36,6 +36,9 @@ from p2pgz.core.messages import (
     Missing,
     Ping,
     Pong,
+    Proof,
+    ProofDocWant,
+    ProofJoin,
     Want,
 )
 from p2pgz.core.peerid import PeerId
@@ -79,12 +82,13 @@ class Connection(Asking):
         on_fault: Callable[[PeerId, Fault], None] = lambda peer, fault: None,
     ) -> None:
         zstd = bool(ends.agreement.features & Feature.ZSTD)
-        super().__init__(ends.peer, zstd=zstd)
+        proofs = ends.proofs if ends.agreement.features & Feature.PROOF else None
+        super().__init__(ends.peer, zstd=zstd, proofs=proofs)
         self.version = ends.agreement.version
         self.fault: Fault | None = None
         """what the peer did, if it was to blame"""
         self.since = trio.current_time()
-        self.serving = Serving(offers, uploads, self._say, zstd=zstd)
+        self.serving = Serving(offers, uploads, self._say, zstd=zstd, proofs=proofs)
         self._on_fault = on_fault
         self._offers = offers
         self._uploads = uploads
@@ -115,6 +119,9 @@ class Connection(Asking):
             Leave: lambda frame: self.serving.on_leave(frame.swarm),
             Bitmap: self.bitmaps.on_bitmap,
             BitmapDelta: self.bitmaps.on_delta,
+            ProofJoin: lambda frame: self.serving.on_join(frame.swarm, frame.proof),
+            Proof: self.bitmaps.on_proof,
+            ProofDocWant: self._on_proof_doc_want,
             Ping: lambda frame: self._say(Pong(frame.token)),
             Pong: lambda frame: None,
             Goodbye: self._on_goodbye,
@@ -233,12 +240,24 @@ class Connection(Asking):
             self._to_serve.unpark_all()
 
     def _on_doc_want(self, frame: DocWant) -> None:
+        self._start_document(frame.request, lambda: self._offers.document(frame.digest))
+
+    def _on_proof_doc_want(self, frame: ProofDocWant) -> None:
+        if self.proofs is None:
+            raise PeerFault("a proof of access, which was not agreed on")
+        # an unknown name and a wrong proof are the same, in time as well
+        if self.proofs.may_have(self._offers.secret(frame.name), frame.name, frame.proof):
+            self._start_document(frame.request, lambda: self._offers.proven_document(frame.name))
+        else:
+            self._say(Missing(frame.request))
+
+    def _start_document(self, request: int, read: Callable[[], Awaitable[bytes | None]]) -> None:
         self._used_at = self._heard_at
         if self._documents_out >= DOCUMENTS_AT_ONCE or self._nursery is None:
-            self._say(Missing(frame.request))
+            self._say(Missing(request))
             return
         self._documents_out += 1
-        self._nursery.start_soon(self._guarded, lambda: self._send_document(frame))
+        self._nursery.start_soon(self._guarded, lambda: self._send_document(request, read))
 
     def _on_goodbye(self, frame: Goodbye) -> None:
         raise SourceUnavailable(
@@ -282,16 +301,16 @@ class Connection(Asking):
                 self._used_at = trio.current_time()
                 serving.note_sent(len(batch), self._used_at - before)
 
-    async def _send_document(self, frame: DocWant) -> None:
+    async def _send_document(self, request: int, read: Callable[[], Awaitable[bytes | None]]) -> None:
         try:
-            data = await self._offers.document(frame.digest)
+            data = await read()
             if data is None:
-                self._say(Missing(frame.request))
+                self._say(Missing(request))
                 return
             for offset in range(0, max(1, len(data)), PART_MAX_BYTES):
                 part = data[offset : offset + PART_MAX_BYTES]
                 await self._uploads.pace(len(part))
-                await self._send(encode(Doc(frame.request, offset, len(data), part)))
+                await self._send(encode(Doc(request, offset, len(data), part)))
         finally:
             self._documents_out -= 1
 

@@ -57,6 +57,7 @@ class Exchange:
         self._nursery = nursery
         self._connections: dict[PeerId, list[Connection]] = {}
         self._followed: dict[bytes, int] = {}
+        self._secrets: dict[bytes, bytes] = {}
         self._dialling: dict[tuple[str, int], trio.Event] = {}
         self._handshakes = 0
         self.standing = Standing()
@@ -190,7 +191,7 @@ class Exchange:
         connection = Connection(ends, self._offers, self.uploads, self._note_fault)
         self._connections.setdefault(ends.peer, []).append(connection)
         for swarm in self._followed:
-            connection.follow(swarm)
+            connection.follow(swarm, self._secrets.get(swarm, b""))
         return connection
 
     async def _run(self, connection: Connection) -> None:
@@ -212,11 +213,13 @@ class Exchange:
 
     # --- who has what
 
-    def follow(self, swarm: bytes) -> None:
-        """Learn from all peers, present and future, which chunks of the swarm they have."""
+    def follow(self, swarm: bytes, secret: bytes = b"") -> None:
+        """Learn from all peers, present and future, which chunks of the swarm they have; see `core.ports.PeerSource`."""
         self._followed[swarm] = self._followed.get(swarm, 0) + 1
+        if secret:
+            self._secrets[swarm] = secret
         for connection in self.connections():
-            connection.follow(swarm)
+            connection.follow(swarm, secret)
 
     def unfollow(self, swarm: bytes) -> None:
         """Undo one `follow`."""
@@ -224,6 +227,7 @@ class Exchange:
         if left > 0:
             self._followed[swarm] = left
             return
+        self._secrets.pop(swarm, None)
         for connection in self.connections():
             connection.unfollow(swarm)
 
@@ -281,7 +285,7 @@ class Exchange:
             self.standing.good(peer)
         return answer
 
-    async def document(self, digest: bytes, *, limit_bytes: int) -> bytes | None:
+    async def document(self, digest: bytes, *, limit_bytes: int, secret: bytes = b"") -> bytes | None:
         """A TOC, manifest or config from whichever peer has it, checked; None when none has."""
         todo = sorted(self.connections(), key=Connection.expected_seconds, reverse=True)
         found: list[bytes] = []
@@ -289,7 +293,7 @@ class Exchange:
 
             async def ask() -> None:
                 while todo and not found:
-                    data = await self._document_from(todo.pop(), digest, limit_bytes)
+                    data = await self._document_from(todo.pop(), digest, limit_bytes, secret)
                     if data is not None:
                         found.append(data)
                         nursery.cancel_scope.cancel()
@@ -298,10 +302,12 @@ class Exchange:
                 nursery.start_soon(ask)
         return found[0] if found else None
 
-    async def _document_from(self, connection: Connection, digest: bytes, limit_bytes: int) -> bytes | None:
+    async def _document_from(
+        self, connection: Connection, digest: bytes, limit_bytes: int, secret: bytes
+    ) -> bytes | None:
         try:
             with trio.fail_after(DOCUMENT_SECONDS):
-                data = await connection.document(digest, limit_bytes=limit_bytes)
+                data = await connection.document(digest, limit_bytes=limit_bytes, secret=secret)
         except (P2pgzError, trio.TooSlowError):
             return None
         if data is None or hashlib.sha256(data).digest() == digest:
@@ -330,7 +336,7 @@ class Exchange:
 
     def _bits(self, swarm: bytes) -> bytes | None:
         try:
-            offer = self._offers.swarm(swarm)
+            offer = self._offers.swarm(swarm) or self._offers.proven_swarm(swarm)
             return offer.bits() if offer is not None else None
         except Exception:  # one broken segment must not keep the others from being told
             log.exception("peer.bug")

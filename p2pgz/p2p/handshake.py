@@ -31,6 +31,7 @@ from p2pgz.core.hello import (
 )
 from p2pgz.core.messages import NONCE_BYTES, Feature, Frame, Goodbye, GoodbyeReason, Hello
 from p2pgz.core.peerid import PeerId
+from p2pgz.core.sharing import Proofs
 from p2pgz.core.wire import FrameReader
 from p2pgz.errors import PeerFault, SourceUnavailable
 from p2pgz.p2p.certificate import certified_peer, verify_signature
@@ -73,11 +74,12 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handshaken:
-    """A connection with a proven, admitted peer. `frames` came right behind its HELLO."""
+    """A connection with a proven, admitted peer. `frames` came right behind its HELLO; `proofs` hold on it only."""
 
     stream: TlsStream
     peer: PeerId
     agreement: Agreement
+    proofs: Proofs
     reader: FrameReader
     frames: list[Frame]
 
@@ -99,7 +101,11 @@ async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken
             admission=credentials.admission,
             verify=verify_signature,
         )
-    return Handshaken(stream=stream, peer=peer, agreement=agreement, reader=reader, frames=frames)
+    own = credentials.identity.peer_id
+    proofs = Proofs(own=own, own_nonce=ours.nonce, peer=peer, peer_nonce=theirs.nonce)
+    return Handshaken(
+        stream=stream, peer=peer, agreement=agreement, proofs=proofs, reader=reader, frames=frames
+    )
 
 
 async def dial(
@@ -126,7 +132,10 @@ async def dial(
         check_accepting(theirs, proven=proven, own=own.peer_id, admission=credentials.admission)
     # what we want may follow at once: if they refuse us, they say so instead of answering
     await stream.send_all(encode(ours))
-    return Handshaken(stream=stream, peer=proven, agreement=agreement, reader=reader, frames=frames)
+    proofs = Proofs(own=own.peer_id, own_nonce=ours.nonce, peer=proven, peer_nonce=theirs.nonce)
+    return Handshaken(
+        stream=stream, peer=proven, agreement=agreement, proofs=proofs, reader=reader, frames=frames
+    )
 
 
 @asynccontextmanager

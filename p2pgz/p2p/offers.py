@@ -1,7 +1,8 @@
 """What the exchange needs to know of this host: the ports through which it gets chunks to give away.
 
 Implemented by `fetch.offers` on the pool, and by fakes. What an offer gives out must be verified in this boot; images that
-must not be shared have no offer, so that "unknown" and "not allowed" are the same answer.
+must not be shared have no offer, and those for provers are found only under names that others cannot compute: so "unknown"
+and "not allowed" are the same answer, and take the same time.
 """
 
 from __future__ import annotations
@@ -47,6 +48,21 @@ class Offers(Protocol):
 
     async def document(self, digest: bytes) -> bytes | None:
         """A TOC, manifest or config that may be given away, or None."""
+        ...
+
+    def secret(self, name: bytes) -> bytes | None:
+        """The secret of the image that has a swarm or document of this name, if there is one for provers.
+
+        One look into a table, whatever the answer: the caller's check of the proof follows in either case.
+        """
+        ...
+
+    def proven_swarm(self, name: bytes) -> Offer | None:
+        """The offer of a swarm for a peer that has proven that it knows the image."""
+        ...
+
+    async def proven_document(self, name: bytes) -> bytes | None:
+        """A document for such a peer."""
         ...
 
 

@@ -24,10 +24,12 @@ from p2pgz.core.messages import (
     Forget,
     Frame,
     Missing,
+    Proof,
     Want,
     chunks_of,
     runs_of,
 )
+from p2pgz.core.sharing import Proofs
 from p2pgz.core.wirezstd import COMPRESS_TO_BYTES, compress
 from p2pgz.errors import PeerFault
 from p2pgz.p2p.offers import Offer, Offers
@@ -55,9 +57,11 @@ class Part(NamedTuple):
 
 
 class Serving:
-    """What one peer gets from us. `say` queues a short frame."""
+    """What one peer gets from us. `say` queues a short frame; `proofs` are those of the connection, if agreed on."""
 
-    def __init__(self, offers: Offers, uploads: Uploads, say: Say, *, zstd: bool) -> None:
+    def __init__(
+        self, offers: Offers, uploads: Uploads, say: Say, *, zstd: bool, proofs: Proofs | None = None
+    ) -> None:
         self._offers = offers
         self._uploads = uploads
         self._say = say
@@ -66,6 +70,10 @@ class Serving:
         self.queue = UploadQueue()
         self.joined: dict[bytes, bytes | None] = {}
         """swarms whose bitmap the peer follows, and the bits that it was told last (None: none)"""
+        self._proofs = proofs
+        self._shown: dict[bytes, bytes] = {}
+        """the proofs that came with joined swarms; some may turn out right later, when their image is opened here"""
+        self._proven: set[bytes] = set()
         self.blocked_seconds = 0.0
         """how long the last batch took to leave"""
         self.bytes_per_second = 0.0
@@ -74,7 +82,7 @@ class Serving:
         """Queue a request or refuse it. Raises PeerFault."""
         if self.queue.knows(want.request):
             raise PeerFault(f"request {want.request} came twice")
-        offer = self._offers.swarm(want.swarm)
+        offer = self._offer(want.swarm)
         if offer is None:
             self._refuse(Missing(want.request))
         elif self._uploads.overloaded or not self.queue.has_room(want):
@@ -103,11 +111,30 @@ class Serving:
         for at in range(0, len(runs), RUNS_MAX):
             self._say(Missing(request, runs[at : at + RUNS_MAX]))
 
-    def on_join(self, swarm: bytes) -> None:
+    def _offer(self, swarm: bytes) -> Offer | None:
+        """What the peer may have of a swarm. Says our own proof when it has just proven that it may."""
+        shown = self._shown.get(swarm)
+        if shown is None or self._proofs is None:
+            return self._offers.swarm(swarm)
+        if swarm not in self._proven:
+            secret = self._offers.secret(swarm)
+            # no way past this for an unknown name: it takes as long as a wrong proof
+            if not self._proofs.may_join(secret, swarm, shown) or secret is None:
+                return None
+            self._proven.add(swarm)
+            self._say(Proof(swarm, self._proofs.answer(secret, swarm)))
+        return self._offers.proven_swarm(swarm)
+
+    def on_join(self, swarm: bytes, proof: bytes | None = None) -> None:
         """Tell the bitmap now and its changes from now on. Raises PeerFault."""
         if swarm not in self.joined and len(self.joined) >= JOINS_MAX:
             raise PeerFault(f"more than {JOINS_MAX} swarms joined")
-        offer = self._offers.swarm(swarm)
+        if proof is not None and self._proofs is None:
+            raise PeerFault("a proof of access, which was not agreed on")
+        self.on_leave(swarm)
+        if proof is not None:
+            self._shown[swarm] = proof
+        offer = self._offer(swarm)
         bits = offer.bits() if offer is not None and offer.chunk_count <= BITMAP_CHUNKS_MAX else None
         self.joined[swarm] = bits
         count = offer.chunk_count if offer is not None and bits is not None else 0
@@ -116,6 +143,8 @@ class Serving:
     def on_leave(self, swarm: bytes) -> None:
         """The peer does not follow this one any more."""
         self.joined.pop(swarm, None)
+        self._shown.pop(swarm, None)
+        self._proven.discard(swarm)
 
     def tell_changes(self, swarms: Iterable[bytes]) -> None:
         """Tell what changed in those of these swarms that the peer follows. Raises PeerFault when it does not read."""
@@ -123,7 +152,7 @@ class Serving:
             if swarm not in self.joined:
                 continue
             last = self.joined[swarm]
-            offer = self._offers.swarm(swarm)
+            offer = self._offer(swarm)
             bits = offer.bits() if offer is not None and offer.chunk_count <= BITMAP_CHUNKS_MAX else None
             if bits == last:
                 continue

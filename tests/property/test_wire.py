@@ -30,6 +30,9 @@ from p2pgz.core.messages import (
     Missing,
     Ping,
     Pong,
+    Proof,
+    ProofDocWant,
+    ProofJoin,
     Want,
     chunks_of,
     runs_of,
@@ -93,6 +96,9 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Leave, B32),
     bitmap(),
     st.builds(BitmapDelta, B32, RUNS, RUNS),
+    st.builds(ProofJoin, B32, B32),
+    st.builds(Proof, B32, B32),
+    st.builds(ProofDocWant, U32, B32, B32),
 )
 
 
@@ -227,6 +233,9 @@ def test_fields_out_of_range_are_faults() -> None:
         encode(Bitmap(bytes(32), 9, b"\xff\x02")),
         encode(Data(1, 2, DataFlag.RAW, 5, 5, b"x")),
         encode(Doc(1, 0, 2**31, b"x")),
+        encode(ProofJoin(bytes(32), bytes(31))),
+        encode(Proof(bytes(32), bytes(33))),
+        HEADER.pack(67, FrameType.PROOF_DOC_WANT) + bytes(67),
     ):
         with pytest.raises(PeerFault):
             FrameReader(first=frozenset()).feed(broken)

@@ -37,6 +37,7 @@ from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
 from p2pgz.core.wire import HEADER
 from p2pgz.errors import P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.fetch.shares import Shares
 from p2pgz.p2p import connection as connection_module
 from p2pgz.p2p import exchange as exchange_module
 from p2pgz.p2p.handshake import Credentials, Handshaken, dial
@@ -171,7 +172,7 @@ async def test_what_the_peer_has_not_is_missing_not_an_error(tmp_path: Path) -> 
 
 async def test_unknown_and_forbidden_swarms_get_the_same_answer(tmp_path: Path) -> None:
     async with pair(tmp_path) as (a, b):
-        a.exchange._offers._may_share = lambda segment: False  # type: ignore[attr-defined]
+        a.exchange._offers._shares = Shares()  # type: ignore[attr-defined]  # knows of no image
         async with raw(a) as ends:
             answers = []
             for swarm in (bytes(32), b.swarm):
