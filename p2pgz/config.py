@@ -91,6 +91,36 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """a node that a command started for itself ends this long after its last mount"""
 
 
+class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The swarm: other hosts that give chunks and are given some."""
+
+    enabled: Literal["auto", "always", "never"] = "auto"
+    """auto: `p2pgz node` takes part; a node that another command starts does when peers are configured"""
+    listen: list[str] = []
+    """multiaddrs to listen at, such as `/ip4/0.0.0.0/tcp/4801`; empty: port 4801, or any port if it is taken"""
+    announce: list[str] = []
+    """multiaddrs at which others reach this host; empty: found out"""
+    bootstrap: list[str] = []
+    """multiaddrs of nodes to begin with; `/dns/NAME/tcp/PORT` stands for all addresses of a name"""
+    mdns: bool = False
+    """look for peers on the local network"""
+    cluster_key_file: str = ""
+    """file with the cluster's key, one a line, at most two (the new one and the old one); empty: anyone may join"""
+    allow: list[str] = []
+    """peer ids that may join without the cluster's key"""
+    dht: bool = True
+    """find and announce providers in the DHT; without it only peers that are connected anyway are asked"""
+    upload_bytes_per_second: NonNegative = 0
+    """limit of what is given to peers; 0: none"""
+    upload_slots: Positive = 16
+    """peers that are sent to at a time; others wait their turn or are sent elsewhere"""
+
+    @property
+    def configured(self) -> bool:
+        """Whether anything says that this node is to have peers."""
+        return bool(self.bootstrap or self.listen or self.mdns or self.cluster_key_file or self.allow)
+
+
 class MountAtStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An image that is mounted whenever the node runs."""
 
@@ -109,6 +139,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fetch: FetchConfig = FetchConfig()
     mount: MountConfig = MountConfig()
     node: NodeConfig = NodeConfig()
+    peers: PeersConfig = PeersConfig()
     mounts: list[MountAtStart] = []
     """images to mount when the node starts: `[[mounts]]` with `reference`, `directory` and, if need be, `mode`"""
 
@@ -187,14 +218,20 @@ def _environment_keys(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+# keys that are lists: in the environment, items are separated by commas
+_LISTS = frozenset(
+    {"registry.plain_http", "peers.listen", "peers.announce", "peers.bootstrap", "peers.allow"}
+)
+
+
 def _insert(document: dict[str, Any], name: str, value: object) -> None:
     *tables, key = name.split(".")
     for table in tables:
         document = document.setdefault(table, {})
         if not isinstance(document, dict):
             raise ConfigError(f"{name}: {table} is a value, not a table")
-    if key == "plain_http" and isinstance(value, str):
-        value = [host for host in value.split(",") if host]
+    if name in _LISTS and isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
     document[key] = value
 
 

@@ -13,11 +13,32 @@ from p2pgz.errors import P2pgzError
 
 
 @click.command()
+@click.option(
+    "--listen", multiple=True, metavar="MULTIADDR", help="Where peers reach this node; default: port 4801."
+)
+@click.option(
+    "--bootstrap",
+    multiple=True,
+    metavar="MULTIADDR",
+    help="A node to begin with; may be given several times.",
+)
+@click.option("--mdns", is_flag=True, help="Look for peers on the local network.")
+@click.option("--no-peers", is_flag=True, help="Have no peers.")
 @click.option("--ephemeral", is_flag=True, help="End after the last mount (what `p2pgz mount` starts).")
 @click.option("--ready-fd", type=int, hidden=True, help="Write one line here once the node answers.")
 @click.option("--replace-fs", is_flag=True, hidden=True, help="Exchange all file system processes.")
 @click.pass_obj
-def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None, replace_fs: bool) -> None:
+def node(
+    settings: Settings,
+    /,
+    ephemeral: bool,
+    ready_fd: int | None,
+    replace_fs: bool,
+    listen: tuple[str, ...],
+    bootstrap: tuple[str, ...],
+    mdns: bool,
+    no_peers: bool,
+) -> None:
     """Run the node in the foreground. SIGTERM ends it; mounts go on with the bytes that are here."""
     import gc
 
@@ -32,7 +53,13 @@ def node(settings: Settings, /, ephemeral: bool, ready_fd: int | None, replace_f
             os.close(ready_fd)
 
     try:
-        loaded = settings.load()
+        flags = {
+            "peers.listen": list(listen),
+            "peers.bootstrap": list(bootstrap),
+            "peers.mdns": mdns,
+            "peers.enabled": "never" if no_peers else "",
+        }
+        loaded = settings.load({key: value for key, value in flags.items() if value})
         log.set_up(loaded.config.log.level)
         # Opening an image makes some hundred thousand objects without cycles: with the default thresholds the collector
         # looks at all of them again and again (0.09 of 0.52 s for 50 000 entries), on the event loop

@@ -132,9 +132,14 @@ def error_event(error: P2pgzError) -> dict[str, Any]:
 
 def create_app(control: Control) -> Starlette:
     """The routes."""
+
+    async def status(_: Request) -> JSONResponse:  # not a plain function: those are called in threads
+        await trio.lowlevel.checkpoint()
+        return JSONResponse(control.status())
+
     return Starlette(
         routes=[
-            Route("/v1/status", lambda _: JSONResponse(control.status())),
+            Route("/v1/status", status),
             Route("/v1/mounts", partial(_events, control.mount, MountRequest), methods=["POST"]),
             Route("/v1/mounts/wait", partial(_events, control.wait_mount, WaitRequest), methods=["POST"]),
             Route("/v1/upgrade", partial(_events, control.upgrade, UpgradeRequest), methods=["POST"]),

@@ -231,7 +231,12 @@ def status_fields() -> set[str]:
     from p2pgz.pool.pool import PoolStats
 
     fields = {f"pool.{name}" for name in PoolStats.__dataclass_fields__}
-    makers = (("node.py", "status", ""), ("node.py", "_pool_status", "pool."))
+    makers = (
+        ("node/node.py", "status", ""),
+        ("node/node.py", "_pool_status", "pool."),
+        ("node/peering.py", "status", "node."),
+        ("p2p/exchange.py", "status", "peers[]."),
+    )
     for name, function, prefix in makers:
         for node in ast.walk(ast.parse((ROOT / "p2pgz" / name).read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name == function:
@@ -246,7 +251,11 @@ def status_fields() -> set[str]:
 
 
 def is_outermost(child: ast.Dict, function: ast.FunctionDef) -> bool:
-    return any(isinstance(node, ast.Return) and node.value is child for node in ast.walk(function))
+    return any(
+        isinstance(node, ast.Return)
+        and (node.value is child or (isinstance(node.value, ast.ListComp) and node.value.elt is child))
+        for node in ast.walk(function)
+    )
 
 
 def keys_of(node: ast.Dict, prefix: str) -> set[str]:

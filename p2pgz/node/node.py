@@ -1,25 +1,22 @@
-"""The node: the composition root. Builds pool → fetcher → images → mounts → control API, and owns their tasks.
+"""What a command may ask of a running node: the methods of `Node`, which are the `Control` protocol of `web.api`.
 
-What a command may ask for is `Node`'s methods (the `Control` protocol of `web.api`). Nothing here decides about chunks or
-bytes; it only joins the packages.
+Made by `node.run`. Nothing here decides about chunks or bytes; it only asks the packages that do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
 import trio
 
 from p2pgz import __version__
-from p2pgz.config import Config, boot_id, prepare_directories
+from p2pgz.config import Config
 from p2pgz.core.digest import Digest
 from p2pgz.core.platform import Platform
 from p2pgz.core.reference import parse_reference
@@ -27,15 +24,11 @@ from p2pgz.errors import ImageNotFound, P2pgzError, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
-from p2pgz.image.open import TREES, ImageOpener
+from p2pgz.image.open import ImageOpener
 from p2pgz.image.opened import OpenImage
 from p2pgz.image.verify import verify_image
-from p2pgz.mount.erofs_mode import ErofsMode
-from p2pgz.mount.held import HolderClient
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
-from p2pgz.mount.segment_client import SegmentClient
-from p2pgz.mount.servers import Servers
-from p2pgz.mount.session import FsHost
+from p2pgz.node.peering import Peering
 from p2pgz.pool.catalog import MountRecord, TagRecord
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.lazy import LazySource
@@ -48,8 +41,6 @@ from p2pgz.web.api import (
     UpgradeRequest,
     VerifyRequest,
     WaitRequest,
-    create_app,
-    handler,
     kept_fields,
     recorded_request,
 )
@@ -57,15 +48,12 @@ from p2pgz.web.api import (
 log = structlog.get_logger(component="node")
 
 MODES = ("auto", "tree", "erofs")
-Tell = Callable[[dict[str, object]], None]
-# Taking mounts over takes milliseconds; when it takes longer (a hung process), commands need not wait for it
-RECOVERY_WAIT_SECONDS = 3.0
 MOUNT_RETRY_START_SECONDS, MOUNT_RETRY_MAX_SECONDS = 1.0, 60.0
 ANSWER_FIRST_SECONDS = 0.1
 
 
 class Node:
-    """Everything a running node has. Made by `open_node`."""
+    """Everything a running node has. Made by `node.run.open_node`."""
 
     def __init__(
         self,
@@ -75,6 +63,7 @@ class Node:
         opener: ImageOpener,
         mounts: Mounts,
         sources: Sources,
+        peering: Peering | None,
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
@@ -83,6 +72,7 @@ class Node:
         self._opener = opener
         self.mounts = mounts
         self._sources = sources
+        self._peering = peering
         self._nursery = nursery
         self._platform = Platform.for_machine(os.uname().machine)
         self._started = time.monotonic()
@@ -97,18 +87,22 @@ class Node:
         counters = self._fetcher.counters
         return {
             "node": {
-                "peer_id": None,
-                "addrs": [],
+                **(self._peering.status() if self._peering is not None else {"peer_id": None, "addrs": []}),
                 "uptime_seconds": time.monotonic() - self._started,
                 "version": __version__,
                 "pid": os.getpid(),
             },
-            "peers": [],
+            "peers": self._peering.exchange.status() if self._peering is not None else [],
             "mounts": self.mounts.status(),
             "pool": self._pool_status(),
             "sources": {
                 "pool": {"chunks": counters.pool_chunks, "bytes": counters.pool_bytes},
-                "peer": {"chunks": 0, "bytes": 0},
+                "peer": {
+                    "chunks": counters.peer_chunks,
+                    "bytes": counters.peer_bytes,
+                    "failures": counters.peer_failures,
+                    "wasted_bytes": counters.wasted_bytes,
+                },
                 "registry": {
                     "chunks": counters.registry_chunks,
                     "bytes": counters.registry_bytes,
@@ -308,93 +302,3 @@ class Node:
 
 async def _silent(_: dict[str, Any]) -> None:
     await trio.lowlevel.checkpoint()
-
-
-@asynccontextmanager
-async def open_node(
-    config: Config, state_path: Path, run_path: Path, *, replace_fs: bool = False
-) -> AsyncIterator[Node]:
-    """A node that answers on its sockets until the context ends; raises StateError when the state cannot be used."""
-    prepare_directories(state_path, run_path)
-    async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(
-            Pool.open(state_path, boot_id=boot_id(), check_filesystem=config.pool.check_filesystem)
-        )
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        stack.callback(nursery.cancel_scope.cancel)
-        holder = await stack.enter_async_context(
-            HolderClient.open(run_path, abandon_seconds=config.mount.abandon_seconds)
-        )
-        host = await stack.enter_async_context(FsHost.open(run_path))
-        fetcher = ChunkFetcher(
-            pool,
-            nursery,
-            connections=config.registry.connections,
-            fill_bytes_per_second=config.fetch.fill_bytes_per_second,
-            read_deadline_seconds=config.fetch.read_deadline_seconds,
-        )
-        opener = ImageOpener(pool, fetcher, state_path)
-        segments = await stack.enter_async_context(SegmentClient.open(run_path))
-        erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
-        servers = Servers(
-            host,
-            holder,
-            fetcher,
-            read_deadline_seconds=config.fetch.read_deadline_seconds,
-            resend=config.mount.resend,
-            erofs=erofs,
-        )
-        mounts = Mounts(servers, pool.catalog, fetcher, nursery, config.fetch, boot_id())
-        node = Node(config, pool, fetcher, opener, mounts, Sources(config.registry, stack), nursery)
-        await holder.take_from_systemd()
-        recovered = trio.Event()
-
-        async def recover() -> None:
-            await node.recover(nursery, replace_all=replace_fs)
-            recovered.set()
-
-        nursery.start_soon(recover)
-        with trio.move_on_after(RECOVERY_WAIT_SECONDS):
-            await recovered.wait()
-        api, descriptors = (
-            unix.listen(run_path / unix.API_SOCKET),
-            unix.listen(run_path / unix.DESCRIPTOR_SOCKET),
-        )
-        await nursery.start(unix.serve, api, handler(create_app(node)))
-        await nursery.start(unix.serve, descriptors, node.hand_over)
-        log.info("node.ready", state=str(state_path), pid=os.getpid())
-        yield node
-        nursery.cancel_scope.cancel()
-
-
-async def run_node(
-    config: Config, state_path: Path, run_path: Path, ephemeral: bool, replace_fs: bool, tell: Tell
-) -> bool:
-    """Run until SIGTERM or SIGINT, or, when ephemeral, until nothing is mounted any more. A second signal ends at once.
-    Mounts live on. True: the caller is to start the version that is installed now, with `replace_fs`."""
-    async with open_node(config, state_path, run_path, replace_fs=replace_fs) as node:
-        tell({"event": "ready", "pid": os.getpid()})
-        async with trio.open_nursery() as nursery:
-            if ephemeral:
-
-                async def end_when_idle() -> None:
-                    await node.linger(config.node.ephemeral_linger_seconds)
-                    log.info("node.idle")
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(end_when_idle)
-
-            async def end_to_restart() -> None:
-                await node.restart.wait()
-                log.info("node.restarting")
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(end_to_restart)
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                async for number in signals:
-                    log.info("node.stopping", signal=signal.Signals(number).name)
-                    break
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            nursery.cancel_scope.cancel()
-        return node.restart.is_set()

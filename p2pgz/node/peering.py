@@ -1,0 +1,221 @@
+"""The swarm as the node sees it: identity, port, exchange, DHT and bootstrap, opened together and joined to the pool.
+
+Called by `node.run`. The exchange is what the fetcher races against the registry; the DHT starts behind it, since its
+library takes most of a second to load and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import trio
+
+from p2pgz.config import PeersConfig
+from p2pgz.core.admission import Admission
+from p2pgz.core.multiaddress import PeerAddress
+from p2pgz.core.peerid import PeerId
+from p2pgz.errors import ConfigError, P2pgzError, StateError
+from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
+from p2pgz.fetch.offers import PoolOffers
+from p2pgz.p2p.exchange import Exchange
+from p2pgz.p2p.handshake import Credentials
+from p2pgz.p2p.identity import Identity, load_identity
+from p2pgz.p2p.plane import ChunkPlane, open_plane
+from p2pgz.p2p.uploads import Uploads
+from p2pgz.pool.pool import Pool
+
+if TYPE_CHECKING:
+    from p2pgz.p2p.dht import Dht
+
+log = structlog.get_logger(component="peers")
+
+DEFAULT_PORT: Final = 4801
+# A libp2p connection that comes while the library is still being loaded
+DHT_READY_SECONDS: Final = 10.0
+
+
+class Peering:
+    """The peers of a node. Made by `open_peering`."""
+
+    def __init__(
+        self, identity: Identity, plane: ChunkPlane, discovery: Discovery, addresses: list[PeerAddress]
+    ) -> None:
+        self.identity = identity
+        self.exchange: Exchange = plane.exchange
+        self.discovery = discovery
+        self.peers = DiscoveringPeers(plane.exchange, discovery)
+        self.addresses = addresses
+        """at which others reach us"""
+        self.dht: Dht | None = None
+        self._dht_ready = trio.Event()
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Ours."""
+        return self.identity.peer_id
+
+    def status(self) -> dict[str, Any]:
+        """What `p2pgz status` says of the node's place in the swarm."""
+        return {
+            "peer_id": str(self.peer_id),
+            "addrs": [f"{address}/p2p/{self.peer_id}" for address in self.addresses],
+        }
+
+    def dht_is(self, dht: Dht | None) -> None:
+        """The DHT runs, or (None) there is none."""
+        self.dht = dht
+        self._dht_ready.set()
+
+    async def on_multistream(self, stream: trio.SocketStream) -> None:
+        """A libp2p connection."""
+        with trio.fail_after(DHT_READY_SECONDS):
+            await self._dht_ready.wait()
+        if self.dht is None:
+            await trio.aclose_forcefully(stream)
+            return
+        await self.dht.accept(stream)
+
+
+def takes_part(config: PeersConfig, *, ephemeral: bool) -> bool:
+    """Whether this node is to have peers."""
+    if config.enabled == "auto":
+        return config.configured or not ephemeral
+    return config.enabled == "always"
+
+
+def read_admission(config: PeersConfig) -> Admission:
+    """Who may join, from the configuration; raises ConfigError."""
+    keys: list[bytes] = []
+    if config.cluster_key_file:
+        path = Path(config.cluster_key_file)
+        try:
+            keys = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
+        except OSError as error:
+            raise ConfigError(
+                f"peers.cluster_key_file: {path}: {error.strerror}",
+                hint="make one with `openssl rand -hex 32`; it is the same on all hosts of the cluster",
+            ) from error
+        if not keys:
+            raise ConfigError(
+                f"peers.cluster_key_file: {path}: no key in it", hint="a line of at least 16 bytes"
+            )
+    return Admission(cluster_keys=keys, allowed=[PeerId.parse(text) for text in config.allow])
+
+
+@asynccontextmanager
+async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> AsyncIterator[Peering]:
+    """Take part until the context ends; raises StateError when the port cannot be had, ConfigError for what is unusable."""
+    identity = load_identity(state_path)
+    admission = read_admission(config)
+    bootstrap = [PeerAddress.parse(text, where="peers.bootstrap") for text in config.bootstrap]
+    uploads = Uploads(bytes_per_second=config.upload_bytes_per_second, slots=config.upload_slots)
+    credentials = Credentials.make(identity, admission)
+    early: list[Peering] = []
+
+    async def on_multistream(stream: trio.SocketStream) -> None:
+        await early[0].on_multistream(stream)
+
+    async with _open_plane(config, credentials, PoolOffers(pool), uploads, on_multistream) as plane:
+        addresses = _own_addresses(config, plane, bootstrap)
+        discovery = Discovery(plane.exchange, pool)
+        peering = Peering(identity, plane, discovery, addresses)
+        early.append(peering)
+        if admission.open:
+            log.warning(
+                "peers.open",
+                port=plane.port,
+                effect="whoever reaches the port may join",
+                hint="peers.cluster_key_file admits only those who know the key",
+            )
+        log.info("peers.ready", peer=str(identity.peer_id), addrs=[str(address) for address in addresses])
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(discovery.run)
+            nursery.start_soon(_bootstrap, plane.exchange, discovery, bootstrap)
+            if config.dht:
+                nursery.start_soon(_run_dht, peering, admission, bootstrap)
+            else:
+                peering.dht_is(None)
+            try:
+                yield peering
+            except Exception as error:  # noqa: BLE001  # goes on below, not wrapped in a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+
+@asynccontextmanager
+async def _open_plane(
+    config: PeersConfig, credentials: Credentials, offers: PoolOffers, uploads: Uploads, on_multistream: Any
+) -> AsyncIterator[ChunkPlane]:
+    if config.listen:
+        address = PeerAddress.parse(config.listen[0], where="peers.listen", any_port=True)
+        tries = [(address.host, address.port)]
+    else:
+        tries = [("", DEFAULT_PORT), ("0.0.0.0", 0)]  # noqa: S104  # peers are elsewhere
+    while True:
+        host, port = tries.pop(0)
+        opened = False
+        try:
+            async with open_plane(
+                credentials, offers, uploads, host=host, port=port, on_multistream=on_multistream
+            ) as plane:
+                opened = True
+                yield plane
+            return
+        except StateError as error:
+            if opened or not tries:
+                raise
+            log.warning("peers.port_taken", port=port, reason=error.what, effect="another port is used")
+
+
+def _own_addresses(config: PeersConfig, plane: ChunkPlane, bootstrap: list[PeerAddress]) -> list[PeerAddress]:
+    if config.announce:
+        return [PeerAddress.parse(text, where="peers.announce") for text in config.announce]
+    host, port = plane.addresses[0]
+    if host not in {"0.0.0.0", "::"}:  # noqa: S104
+        return [PeerAddress.of_ip(host, port)]
+    return [PeerAddress.of_ip("127.0.0.1", port)]
+
+
+async def _bootstrap(exchange: Exchange, discovery: Discovery, entries: list[PeerAddress]) -> None:
+    while True:
+        for entry in entries:
+            if entry.peer is not None and exchange.connection(entry.peer) is not None:
+                continue
+            try:
+                connection = await exchange.connect(entry.host, entry.port, expected=entry.peer)
+                discovery.learned(connection.peer, entry)
+            except P2pgzError as error:
+                log.debug("bootstrap.failed", entry=str(entry), reason=error.what)
+        await trio.sleep(5)
+
+
+async def _run_dht(peering: Peering, admission: Admission, bootstrap: list[PeerAddress]) -> None:
+    """The DHT, whose library is loaded in a thread."""
+    try:
+        dht_module = await trio.to_thread.run_sync(_load_dht)
+        async with dht_module.open_dht(
+            peering.identity,
+            announce=[str(address) for address in peering.addresses],
+            admission=admission,
+            holdings=peering.discovery,
+            bootstrap=lambda: peering.discovery.contacts(bootstrap),
+        ) as dht:
+            peering.dht_is(dht)
+            await peering.discovery.use(dht)
+    except P2pgzError as error:
+        log.error("dht.failed", reason=str(error), effect="peers that are connected go on being asked")
+    finally:
+        peering.dht_is(None)
+
+
+def _load_dht() -> Any:
+    from p2pgz.p2p import dht
+
+    return dht
