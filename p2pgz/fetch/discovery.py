@@ -87,12 +87,10 @@ class Discovery:
         """Connected peers whose bitmaps show it."""
         return []
 
-    def contacts(self, bootstrap: Iterable[PeerAddress]) -> list[Contact]:
-        """Where the DHT may begin: the connected peers, and the entries whose ids are known."""
-        found = {
-            entry.peer.raw: entry.without_peer().to_bytes() for entry in bootstrap if entry.peer is not None
-        }
-        return [Contact(peer, (address,)) for peer, address in (found | self._reached).items()]
+    def connected(self) -> list[Contact]:
+        """Connected peers, and where they were reached."""
+        peers = {connection.peer.raw for connection in self._exchange.connections()}
+        return [Contact(peer, (address,)) for peer, address in self._reached.items() if peer in peers]
 
     # --- the work
 

@@ -6,6 +6,7 @@ library takes most of a second to load and nobody waits for it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,10 +22,12 @@ from p2pgz.core.peerid import PeerId
 from p2pgz.errors import ConfigError, P2pgzError, StateError
 from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
 from p2pgz.fetch.offers import PoolOffers
+from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials
 from p2pgz.p2p.identity import Identity, load_identity
 from p2pgz.p2p.plane import ChunkPlane, open_plane
+from p2pgz.p2p.remembered import RememberedPeers
 from p2pgz.p2p.uploads import Uploads
 from p2pgz.pool.pool import Pool
 
@@ -42,11 +45,17 @@ class Peering:
     """The peers of a node. Made by `open_peering`."""
 
     def __init__(
-        self, identity: Identity, plane: ChunkPlane, discovery: Discovery, addresses: list[PeerAddress]
+        self,
+        identity: Identity,
+        plane: ChunkPlane,
+        discovery: Discovery,
+        bootstrapper: Bootstrapper,
+        addresses: list[PeerAddress],
     ) -> None:
         self.identity = identity
         self.exchange: Exchange = plane.exchange
         self.discovery = discovery
+        self.bootstrapper = bootstrapper
         self.peers = DiscoveringPeers(plane.exchange, discovery)
         self.addresses = addresses
         """at which others reach us"""
@@ -122,7 +131,22 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
     async with _open_plane(config, credentials, PoolOffers(pool), uploads, on_multistream) as plane:
         addresses = _own_addresses(config, plane, bootstrap)
         discovery = Discovery(plane.exchange, pool)
-        peering = Peering(identity, plane, discovery, addresses)
+
+        async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
+            connection = await plane.exchange.connect(host, port, expected=expected)
+            discovery.learned(connection.peer, PeerAddress.of_ip(host, port))
+            return connection.peer
+
+        bootstrapper = Bootstrapper(
+            bootstrap,
+            own=identity.peer_id,
+            dial=connect,
+            connected=lambda: {connection.peer for connection in plane.exchange.connections()},
+            known=discovery.connected,
+            is_own=lambda endpoint: any((a.host, a.port) == endpoint for a in addresses),
+            remembered=await trio.to_thread.run_sync(RememberedPeers.load, state_path, time.time()),
+        )
+        peering = Peering(identity, plane, discovery, bootstrapper, addresses)
         early.append(peering)
         if admission.open:
             log.warning(
@@ -135,9 +159,9 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(discovery.run)
-            nursery.start_soon(_bootstrap, plane.exchange, discovery, bootstrap)
+            await nursery.start(peering.bootstrapper.run)
             if config.dht:
-                nursery.start_soon(_run_dht, peering, admission, bootstrap)
+                nursery.start_soon(_run_dht, peering, admission)
             else:
                 peering.dht_is(None)
             try:
@@ -183,20 +207,7 @@ def _own_addresses(config: PeersConfig, plane: ChunkPlane, bootstrap: list[PeerA
     return [PeerAddress.of_ip("127.0.0.1", port)]
 
 
-async def _bootstrap(exchange: Exchange, discovery: Discovery, entries: list[PeerAddress]) -> None:
-    while True:
-        for entry in entries:
-            if entry.peer is not None and exchange.connection(entry.peer) is not None:
-                continue
-            try:
-                connection = await exchange.connect(entry.host, entry.port, expected=entry.peer)
-                discovery.learned(connection.peer, entry)
-            except P2pgzError as error:
-                log.debug("bootstrap.failed", entry=str(entry), reason=error.what)
-        await trio.sleep(5)
-
-
-async def _run_dht(peering: Peering, admission: Admission, bootstrap: list[PeerAddress]) -> None:
+async def _run_dht(peering: Peering, admission: Admission) -> None:
     """The DHT, whose library is loaded in a thread."""
     try:
         dht_module = await trio.to_thread.run_sync(_load_dht)
@@ -205,7 +216,7 @@ async def _run_dht(peering: Peering, admission: Admission, bootstrap: list[PeerA
             announce=[str(address) for address in peering.addresses],
             admission=admission,
             holdings=peering.discovery,
-            bootstrap=lambda: peering.discovery.contacts(bootstrap),
+            bootstrap=peering.bootstrapper.contacts,
         ) as dht:
             peering.dht_is(dht)
             await peering.discovery.use(dht)
