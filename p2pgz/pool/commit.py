@@ -44,7 +44,7 @@ FileRow = tuple[bytes, int, int, int, int, int]
 
 
 class Committer:
-    """Gathers written chunks and commits them; `run` is its task."""
+    """Gathers written chunks and commits them; `run` is its task. What others wrote to the index it makes durable too."""
 
     def __init__(self, disk: Disk, index: Index, limiter: trio.CapacityLimiter) -> None:
         self._disk = disk
@@ -56,6 +56,7 @@ class Committer:
         self._some = trio.Event()
         self._drained = trio.Event()
         self._flushing = trio.Lock()
+        index.on_unsynced = lambda: self._some.set()
         self.committing = trio.Lock()
         """held from the last look at presence bits to the end of the index transaction that relies on it"""
         self.syncing = False
@@ -92,6 +93,7 @@ class Committer:
             await self._some.wait()
             with trio.move_on_after(COMMIT_INTERVAL_SECONDS):
                 await self._full.wait()
+            self._some = trio.Event()  # only here: a flush that replaced it would leave this task waiting for the old one
             try:
                 await self.flush()
             except P2pgzError as error:
@@ -110,7 +112,7 @@ class Committer:
                 await self._flush()
 
     async def _flush(self) -> None:
-        self._some, self._full = trio.Event(), trio.Event()
+        self._full = trio.Event()
         dirty, self._dirty = self._dirty, {}
         batches: list[tuple[Segment, list[int]]] = []
         try:
@@ -184,12 +186,14 @@ class Committer:
                 record.load(segment.on_record.to_bytes())
                 work.append((segment, still, record))
             if not work:
+                await self._index.settle()
                 return
 
             def change(connection: apsw.Connection) -> list[tuple[int, int]]:
                 return [_record(connection, segment, still, record) for segment, still, record in work]
 
-            held = await self._index.write(change)
+            # without the sync a power failure could forget chunks for as long as the index is not written otherwise
+            held = await self._index.write(change, durable=True)
             for (segment, _, record), (_, held_bytes) in zip(work, held, strict=True):
                 segment.on_record = record
                 segment.held_bytes = held_bytes

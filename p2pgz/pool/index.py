@@ -2,8 +2,8 @@
 
 `pool.Pool` calls it; `catalog` keeps images, tags, pins and mounts in the same database. Reads are
 synchronous on the event loop (3 us each); writes are closures that run one at a time in a thread, each in one
-transaction. A commit may be lost with the power (synchronous=NORMAL) but not half of it; what must not come
-back, removals, is written with FULL.
+transaction. A commit may be lost with the power (synchronous=NORMAL) but not half of it, until the committer
+calls `settle` within a second or two; what must not come back, removals, is written with FULL.
 
 The index only remembers: no byte is ever believed because of it alone, except after a clean stop. So a
 damaged database is moved aside and a new one begun. One of a newer p2pgz is refused and left as it is.
@@ -112,6 +112,10 @@ class Index:
         self._limiter = trio.CapacityLimiter(1)
         self.fresh = fresh
         """whether it began empty just now"""
+        self.unsynced = False
+        """whether the power could take a commit back"""
+        self.on_unsynced: Callable[[], None] = lambda: None
+        """called after such a commit, for somebody to call `settle`"""
 
     @classmethod
     def open(cls, path: Path, disk: Disk) -> Index:
@@ -159,6 +163,7 @@ class Index:
             self._writer.pragma("synchronous", "FULL" if durable else "NORMAL")
             with self._writer:
                 result = change(self._writer)
+            self.unsynced = not durable
             return result
 
         def run() -> T:
@@ -174,7 +179,16 @@ class Index:
         if self._writer is self._reader:
             await trio.lowlevel.checkpoint()
             return run()
-        return await trio.to_thread.run_sync(run, limiter=self._limiter)
+        result = await trio.to_thread.run_sync(run, limiter=self._limiter)
+        if not durable:
+            self.on_unsynced()
+        return result
+
+    async def settle(self) -> None:
+        """Make every commit so far durable: the log is synced as a whole, so one more commit does it."""
+        if self.unsynced:
+            sql = "INSERT INTO facts VALUES('settled', 1) ON CONFLICT DO UPDATE SET value = value + 1"
+            await self.write(lambda connection: connection.execute(sql), durable=True)
 
     def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a short query. Raises StateError when the database is damaged."""
@@ -194,6 +208,14 @@ class Index:
         """One segment."""
         rows = self.rows(_SELECT_SEGMENTS + " WHERE row = ?", (row,))
         return SegmentRow(*rows[0]) if rows else None
+
+    def heat(self) -> list[tuple[int, str, bytes, int, float, int, int]]:
+        """Of all segments: row, domain, id, held bytes, last mount, number of mounts, served natively."""
+        sql = "SELECT row, domain, id, held_bytes, last_mount, heat, native_served FROM segments"
+        return [
+            (row, domain, segment_id, held, last, mounts, native)
+            for row, domain, segment_id, held, last, mounts, native in self.rows(sql)
+        ]
 
     def held(self) -> tuple[int, int]:
         """Chunks and bytes of all segments together."""
