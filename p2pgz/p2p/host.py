@@ -22,7 +22,7 @@ from multiaddr import Multiaddr
 from p2pgz.core.keyspace import Contact
 from p2pgz.errors import P2pgzError, SourceUnavailable
 from p2pgz.p2p.addresses import dialable
-from p2pgz.p2p.libp2p_parts import make_host, quieten
+from p2pgz.p2p.libp2p_parts import announce_at, make_host, quieten
 from p2pgz.p2p.libp2p_streams import (
     MessageReader,
     close_connection,
@@ -59,19 +59,28 @@ class PeerHost:
 
     def __init__(self, host: Any, nursery: trio.Nursery, announce: Sequence[str]) -> None:
         self.peer = bytes(host.get_id().to_bytes())
-        self.addresses = tuple(Multiaddr(address).to_bytes() for address in announce)
+        self.addresses: tuple[bytes, ...] = ()
         self.protocols: dict[bytes, frozenset[str]] = {}
         """what connected peers have said that they speak"""
         self.on_peer: Callable[[Contact, bool], None] = lambda _contact, _dialled: None
         """called when a connected peer has said who it is and where it listens"""
         self._host = host
+        self.announce(announce)
         self._nursery = nursery
-        self._announce = tuple(announce)
         self._dials: dict[bytes, trio.Event] = {}
         self._used: dict[bytes, float] = {}
         self._contacts: dict[bytes, Contact] = {}
         self._calls = trio.CapacityLimiter(CALLS_MAX)
         self._handlers = trio.CapacityLimiter(HANDLERS_MAX)
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Multiaddrs at which we are reached from now on; peers hear of them as they ask again, or connect."""
+        self.addresses = tuple(Multiaddr(address).to_bytes() for address in addresses)
+        announce_at(self._host, addresses)
+
+    def on_observed(self, tell: Callable[[bytes, bytes], None]) -> None:
+        """Peer and multiaddr are told whenever a peer says from where it sees us."""
+        self._host._observed_addr_manager.tell = tell
 
     # -- asking
 

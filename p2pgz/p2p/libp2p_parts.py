@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +73,21 @@ class NoAutoConnector(AutoConnector):  # type: ignore[misc]
         await trio.lowlevel.checkpoint()
 
 
+class Observations:
+    """Takes the place of the library's book of observed addresses, whose rules (four observers) are not ours: tells."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[bytes, bytes], None] = lambda _peer, _address: None
+
+    def record_observation(self, connection: Any, observed: Multiaddr, _transports: Any) -> None:
+        self.tell(bytes(connection.muxed_conn.peer_id.to_bytes()), bytes(observed.to_bytes()))
+
+    def addrs(self) -> list[Multiaddr]:
+        return []
+
+    def remove_conn(self, connection: Any) -> None: ...
+
+
 class _FromLibp2p(logging.Filter):
     """Drops what the library logs through the root logger (`logging.debug(...)` instead of a logger of its own)."""
 
@@ -105,6 +121,12 @@ def tls_can_serve() -> bool:
     except OSError:
         return False
     return len({line.split()[-1] for line in maps.splitlines() if "/libssl.so" in line}) == 1
+
+
+def announce_at(host: Any, addresses: Sequence[str]) -> None:
+    """What identify says from now on; the library wants it once and for all."""
+    announced = [Multiaddr(address) for address in addresses]
+    host._addrs_factory = lambda _candidates: list(announced)
 
 
 def make_host(seed: bytes, announce: list[str]) -> Any:
@@ -143,6 +165,7 @@ def make_host(seed: bytes, announce: list[str]) -> Any:
         disable_identify_address_discovery=True,
         enable_tcp=True,
     )
+    host._observed_addr_manager = Observations()
     swarm = host.get_network()
     swarm.auto_connector = NoAutoConnector(swarm=swarm, auto_connect_interval=3600.0)
     swarm.retry_config = RetryConfig(max_retries=0)  # who dials again, and when, is decided above
