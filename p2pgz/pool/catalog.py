@@ -189,6 +189,21 @@ class Catalog:
             for raw, reference in self._index.rows("SELECT manifest, reference FROM pins")
         }
 
+    def pinned_segments(self) -> set[tuple[str, Digest]]:
+        """Domain and id of the segments of pinned images, as far as the images are on record."""
+        rows = self._index.rows(
+            "SELECT domain, segments FROM images JOIN pins ON images.manifest = pins.manifest"
+        )
+        return {
+            (domain, Digest(segments[at : at + SHA256_BYTES]))
+            for domain, segments in rows
+            for at in range(0, len(segments), SHA256_BYTES)
+        }
+
+    def known_segments(self) -> set[tuple[str, Digest]]:
+        """Domain and id of the segments of all images on record."""
+        return {(image.domain, segment) for image in self.images() for segment in image.segments}
+
     async def put_mount(self, mount: MountRecord) -> None:
         """Remember a mount."""
         await self._execute(

@@ -1,7 +1,7 @@
-"""Chunk bytes on their way into segments: adding, copying, checking again.
+"""Chunk bytes on their way into segments: adding, checking again.
 
-The base of `removal` and `pool.Pool`. Every path to a presence bit is here: after
-the pwrite of a verified chunk, after a copy from one, after hashing what an earlier run left. Whoever touches
+The base of `copies`, `removal` and `pool.Pool`. Every path to a presence bit is here: after
+the pwrite of a verified chunk, after a copy of one, after hashing what an earlier run left. Whoever touches
 a chunk's bytes claims it, so that a removal cannot punch a hole under a write or a copy.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import trio
@@ -21,6 +21,7 @@ from p2pgz.errors import ChunkCorrupt, PoolFull, StateError
 from p2pgz.pool.commit import Committer, erase
 from p2pgz.pool.disk import Disk, named, read_fully
 from p2pgz.pool.index import Index
+from p2pgz.pool.overflow import Overflow
 from p2pgz.pool.presence import Presence
 from p2pgz.pool.segment import Segment
 from p2pgz.pool.shelf import Shelf
@@ -36,8 +37,25 @@ INLINE_BYTES = 64 << 10
 DISK_THREADS = 4
 # The loop is to answer within 10 ms
 INLINE_SECONDS = 0.002
-# How many places of one chunk are looked at; common small files have hundreds
-PLACES_MAX = 16
+# Writes that find no room are tried again this often after something was evicted for them
+ROOM_ATTEMPTS = 3
+
+
+class Room(Protocol):
+    """Who sees to it that there is room: the evictor."""
+
+    @property
+    def keeps(self) -> bool:
+        """False: the disk is full, and nothing that may go is left."""
+        ...
+
+    def admits(self, count: int) -> bool:
+        """Whether this many bytes more are within the quota."""
+        ...
+
+    async def make(self, count: int) -> bool:
+        """Free this many bytes; false when that cannot be, and for a while nothing is kept then."""
+        ...
 
 
 class ChunkStore:
@@ -51,6 +69,9 @@ class ChunkStore:
         self._shelf = shelf
         self._committer = committer
         self._limiter = limiter
+        self.room: Room | None = None
+        """nobody: what finds no room on the disk is an error"""
+        self.overflow = Overflow(0)
         self._closed = False
         self._gave_way = 0.0
         self._counts: Counter[str] = Counter()
@@ -59,7 +80,8 @@ class ChunkStore:
         """Put a chunk in its place; it is present when this returns, and durable about a second later.
 
         Idempotent, safe to cancel. Raises PoolFull or StateError when the disk refuses, ValueError when
-        `chunk` is not chunk `n`; it is not present then.
+        `chunk` is not chunk `n`; it is not present then. A pool with an overflow does not raise PoolFull but
+        has the chunk there for a while (`unkept`).
         """
         await self.add_many(segment, [(n, chunk)])
 
@@ -68,12 +90,13 @@ class ChunkStore:
         self._refuse_closed()
         table, presence = segment.table, segment.presence
         writes: dict[int, Buffer] = {}
+        given: dict[int, VerifiedChunk] = {}
         for n, chunk in chunks:
             if chunk.digest != table.digest(n) or len(chunk) != table.size[n]:
                 raise ValueError(f"these {len(chunk)} bytes are not chunk {n} of segment {segment.id}")
             if presence.has(n):
                 continue
-            writes[n] = chunk.data
+            writes[n], given[n] = chunk.data, chunk
             if table.kind[n] == ChunkKind.ZEROS:
                 # its place is a hole, so it has to be what the hole reads as
                 if not await _is_zeros(chunk):
@@ -87,9 +110,15 @@ class ChunkStore:
         def write(n: int) -> None:
             self._disk.pwrite(segment.data_fd, writes[n], offset[n])
 
-        await self._store(segment, writes, write)
-        self._counts["added_chunks"] += len(writes)
-        self._counts["added_bytes"] += segment.bytes_of(writes)
+        try:
+            await self._store_with_room(segment, writes, write)
+        except PoolFull:
+            for n in writes:
+                if not presence.has(n) and not self.overflow.put(segment, n, given[n]):
+                    raise
+        added = [n for n in writes if presence.has(n)]
+        self._counts["added_chunks"] += len(added)
+        self._counts["added_bytes"] += segment.bytes_of(added)
         await self._committer.wait_for_room()
         # small chunks are written without a thread; giving way after each would cost as much as the write
         now = time.monotonic()
@@ -98,6 +127,47 @@ class ChunkStore:
             self._gave_way = time.monotonic()
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def _store_with_room(
+        self, segment: Segment, chunks: Collection[int], write: Callable[[int], None]
+    ) -> None:
+        """`_store`, after eviction where it is needed. Nothing may be claimed: eviction would wait for it."""
+        for attempt in range(1, ROOM_ATTEMPTS + 1):
+            left = [n for n in chunks if not segment.presence.has(n)]
+            size = segment.bytes_of(left)
+            await self._refuse_without_room(segment, size)
+            try:
+                await self._store(segment, left, write)
+            except PoolFull:
+                if self.room is None or attempt == ROOM_ATTEMPTS or not await self.room.make(size):
+                    raise
+            else:
+                return
+
+    async def _refuse_without_room(self, segment: Segment, size: int) -> None:
+        room = self.room
+        if room is None or not size or (room.keeps and (room.admits(size) or await room.make(size))):
+            return
+        raise PoolFull(
+            f"{segment.path}: nothing more is kept at the moment",
+            hint="free some space, raise pool.quota_bytes, or unpin images",
+        )
+
+    async def write_out(self, segment: Segment, n: int, chunk: VerifiedChunk) -> None:
+        """Try the disk, whatever is known about it. Raises PoolFull or StateError."""
+        self._refuse_closed()
+        offset = segment.table.segment_offset[n]
+        await self._store(segment, [n], lambda _: self._disk.pwrite(segment.data_fd, chunk.data, offset))
+        self.overflow.drop(segment, n)
+
+    @property
+    def written_bytes(self) -> int:
+        """How much was put on the disk since the pool was opened."""
+        return self._counts["written_bytes"]
+
+    def unkept(self, segment: Segment, n: int) -> VerifiedChunk | None:
+        """A chunk that was added and found no room, if it is not forgotten yet: its readers take it from here."""
+        return self.overflow.get(segment, n)
 
     async def _store(self, segment: Segment, chunks: Collection[int], write: Callable[[int], None]) -> None:
         """Write each chunk, set its bit, and hand it to the committer."""
@@ -128,115 +198,18 @@ class ChunkStore:
             raise failure from error
         finally:
             if failures == segment.lost_syncs:
-                for n in done:
-                    if not segment.presence.has(n):
-                        segment.presence.set(n)
-                        self._committer.note(segment, n)
+                fresh = [n for n in done if not segment.presence.has(n)]
+                for n in fresh:
+                    segment.presence.set(n)
+                    self._committer.note(segment, n)
+                    self.overflow.drop(segment, n)
+                segment.touch(fresh)
+                self._counts["written_bytes"] += segment.bytes_of(fresh)
             segment.release(chunks)
 
     async def flush(self) -> None:
         """Make all that was added durable now. Raises PoolFull or StateError when the index cannot be written."""
         await self._committer.flush()
-
-    def find(self, domain: str, digest: bytes) -> tuple[Segment, int] | None:
-        """A place in the domain's segments that has this chunk; one that was verified in this boot if there is.
-
-        Of another one only the index knows so far: `segment.presence.has(n)` tells, `revive` finds out.
-        """
-        return self._find(domain, digest, besides=None)
-
-    def _find(
-        self, domain: str, digest: bytes, besides: tuple[Segment, int] | None
-    ) -> tuple[Segment, int] | None:
-        fresh = self._committer.find(domain, digest)
-        if fresh is not None and fresh != besides and fresh[0].presence.has(fresh[1]):
-            return fresh
-        hearsay = None
-        try:
-            places = self._index.places(domain, digest, limit=PLACES_MAX)
-        except StateError as error:
-            self._complain_once(error)
-            return None
-        for row, n in places:
-            segment = self._shelf.by_row(row)
-            if segment is None or (segment, n) == besides or n >= segment.table.chunk_count:
-                continue
-            if segment.presence.has(n):
-                return segment, n
-            if hearsay is None and segment.recorded(n):
-                hearsay = segment, n
-        return hearsay
-
-    async def copy_from(self, segment: Segment, n: int) -> bool:
-        """Make chunk `n` present by copying it from another place of the pool; false when there is none.
-
-        By reflink where file system and alignment allow. A source that was not verified in this boot is
-        first. Raises PoolFull, StateError.
-        """
-        self._refuse_closed()
-        if segment.presence.has(n):
-            return True
-        digest = segment.table.digest(n)
-        for _ in range(PLACES_MAX):
-            place = self._find(segment.domain, digest, besides=(segment, n))
-            if place is None:
-                return False
-            source, m = place
-            if source.table.digest(m) != digest or source.table.size[m] != segment.table.size[n]:
-                return False
-            if (source.presence.has(m) or await self.revive(source, [m])) and await self._copy(
-                source, m, segment, n
-            ):
-                self._counts["copied_chunks"] += 1
-                return True
-        return False
-
-    async def _copy(self, source: Segment, m: int, segment: Segment, n: int) -> bool:
-        size = segment.table.size[n]
-        if ChunkKind.ZEROS in (segment.table.kind[n], source.table.kind[m]):
-            # nothing to copy from or to; the digest decides whether it is zeros
-            chunk = await self._verified(segment, n, lambda: bytes(size))
-        elif source is segment:
-            # not claimed both in turn: a removal of both would wait for us while we wait for it
-            offset = segment.table.segment_offset[m]
-            chunk = await self._verified(segment, n, lambda: read_fully(segment.data_fd, size, offset))
-        else:
-            return await self._copy_range(source, m, segment, n)
-        if chunk is not None:
-            await self.add(segment, n, chunk)
-        return chunk is not None
-
-    async def _verified(self, segment: Segment, n: int, read: Callable[[], bytes]) -> VerifiedChunk | None:
-        """Bytes from somewhere as chunk `n`, if that is what they are."""
-
-        def run() -> VerifiedChunk | None:
-            try:
-                return verify(segment.table.digest(n), read(), source=str(segment.path))
-            except (ChunkCorrupt, OSError):
-                return None
-
-        return await trio.to_thread.run_sync(run, limiter=self._limiter)
-
-    async def _copy_range(self, source: Segment, m: int, segment: Segment, n: int) -> bool:
-        size = segment.table.size[n]
-        await source.claim([m])
-        try:
-            if not source.presence.has(m):
-                return False
-            source_offset, offset = source.table.segment_offset[m], segment.table.segment_offset[n]
-            lost_syncs = source.lost_syncs
-
-            def write(_: int) -> None:
-                self._disk.copy(source.data_fd, source_offset, segment.data_fd, offset, size)
-
-            await self._store(segment, [n], write)
-            if source.lost_syncs != lost_syncs:
-                # the source may have lost its pages before we read them
-                self._committer.drop(segment, [n])
-                return False
-            return True
-        finally:
-            source.release([m])
 
     async def revive(self, segment: Segment, chunks: Iterable[int]) -> list[int]:
         """Hash chunks that are on record from an earlier run: those that are right become present and are returned.
@@ -265,6 +238,7 @@ class ChunkStore:
         await segment.claim(wanted)
         try:
             good = await trio.to_thread.run_sync(check, limiter=self._limiter)
+            segment.touch(good)
             for n in good:
                 if not segment.presence.has(n):
                     segment.presence.set(n)
@@ -277,6 +251,19 @@ class ChunkStore:
             segment.release(wanted)
         self._counts["revived_chunks"] += len(good)
         return good
+
+    async def forget_wrong(self, segment: Segment, chunks: Collection[int]) -> None:
+        """Chunks whose bytes on the disk turned out wrong are absent from now on; the next reader fetches over them.
+
+        Nothing is punched, so whoever is just reading them gets what is there and no hole.
+        """
+        self._refuse_closed()
+        await segment.claim(chunks)
+        try:
+            self._committer.drop(segment, chunks)
+            await self._mark_lost(segment, set(chunks))
+        finally:
+            segment.release(chunks)
 
     async def _mark_lost(self, segment: Segment, chunks: set[int]) -> None:
         with trio.CancelScope(shield=True):

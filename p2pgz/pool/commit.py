@@ -18,7 +18,7 @@ import trio
 from p2pgz.core.content import content_key
 from p2pgz.core.layout import FileExtent
 from p2pgz.core.model import MAX_CHUNK_BYTES, Chunk
-from p2pgz.errors import P2pgzError
+from p2pgz.errors import P2pgzError, PoolFull
 from p2pgz.pool.disk import Disk
 from p2pgz.pool.index import Index
 from p2pgz.pool.presence import Presence
@@ -32,6 +32,8 @@ COMMIT_INTERVAL_SECONDS = 1.0
 COMMIT_BYTES = 64 << 20
 # and of many small ones, because about 2 us of work for each is done on the event loop
 COMMIT_CHUNKS = 4096
+# The index of a full disk: tried again after 2, 4, 8, … seconds
+RETRY_MAX_SECONDS = 60.0
 # Fetching waits for the disk beyond this, so that a slow one cannot gather dirty pages without end
 UNSYNCED_MAX_BYTES = 256 << 20
 # A content key of several chunks is a digest over rows of size (8 bytes, little-endian) and digest. A file
@@ -52,6 +54,8 @@ class Committer:
         self._limiter = limiter
         self._dirty: dict[int, Segment] = {}
         self._fresh: dict[tuple[str, bytes], tuple[Segment, int]] = {}
+        self._unrecorded: dict[int, tuple[Segment, set[int]]] = {}
+        """synced, but the index had no room to say so: part of the next commit"""
         self._full = trio.Event()
         self._some = trio.Event()
         self._drained = trio.Event()
@@ -89,6 +93,7 @@ class Committer:
 
     async def run(self) -> None:
         """Commit every second, or sooner when there is much. Runs until cancelled."""
+        failures = 0
         while True:
             await self._some.wait()
             with trio.move_on_after(COMMIT_INTERVAL_SECONDS):
@@ -97,9 +102,15 @@ class Committer:
             try:
                 await self.flush()
             except P2pgzError as error:
-                log.error("pool.commit_failed", reason=str(error), effect="chunks last until the node ends")
+                if not failures:
+                    log.error("pool.commit_failed", reason=str(error), effect="it is tried again")
+                failures += 1
+                await trio.sleep(min(RETRY_MAX_SECONDS, COMMIT_INTERVAL_SECONDS * 2**failures))
+                self._some.set()
             except Exception:
                 log.exception("pool.bug")
+            else:
+                failures = 0
 
     async def flush(self) -> None:
         """Make durable what was written before the call; raises when the index cannot be written.
@@ -118,9 +129,16 @@ class Committer:
         try:
             for segment in dirty.values():
                 batch = await self._sync(segment)
-                if batch:
-                    batches.append((segment, batch))
-            await self._commit(batches)
+                if batch or segment.row in self._unrecorded:
+                    _, left = self._unrecorded.pop(segment.row, (segment, set()))
+                    batches.append((segment, list(left.union(batch))))
+            batches += [(segment, list(left)) for segment, left in self._unrecorded.values()]
+            self._unrecorded.clear()
+            try:
+                await self._commit(batches)
+            except PoolFull:
+                self._unrecorded = {segment.row: (segment, set(batch)) for segment, batch in batches}
+                raise
         finally:
             for segment, batch in batches:
                 self._forget(segment, batch)
@@ -158,11 +176,14 @@ class Committer:
                 segment.unsynced.discard(n)
                 segment.unsynced_bytes -= segment.table.size[n]
                 self.unsynced_bytes -= segment.table.size[n]
+        if segment.row in self._unrecorded:
+            self._unrecorded[segment.row][1].difference_update(chunks)
         self._forget(segment, chunks)
 
     def abandon(self, segment: Segment) -> None:
         """The segment goes away: do not sync it any more."""
         self._dirty.pop(segment.row, None)
+        self._unrecorded.pop(segment.row, None)
 
     async def between_syncs(self, action: Callable[[], None]) -> None:
         """Run something while no thread syncs a file."""

@@ -154,6 +154,14 @@ class Pool(ChunkRemoval):
         """Those that are open."""
         return self._shelf.opened()
 
+    def segment_of_row(self, row: int) -> Segment | None:
+        """A segment by its row in the index, opened if need be; None when it cannot be."""
+        return self._shelf.by_row(row)
+
+    def heat(self) -> list[tuple[int, str, bytes, int, float, int, int]]:
+        """See `Index.heat`."""
+        return self._index.heat()
+
     def lookup_files(self, domain: str, keys: Iterable[bytes]) -> dict[bytes, FileRef]:
         """Which of these contents (`core.content`) some segment of the domain holds completely, and where.
 

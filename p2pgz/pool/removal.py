@@ -7,14 +7,17 @@ reader can take a hole for a chunk. Must never punch a file that a kernel may re
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from pathlib import Path
 
 import structlog
 import trio
 
 from p2pgz.core.layout import PAGE_BYTES
-from p2pgz.errors import StateError
-from p2pgz.pool.chunks import ChunkStore
+from p2pgz.errors import PoolFull, StateError
+from p2pgz.pool.copies import ChunkCopies
+from p2pgz.pool.disk import TEMPORARY_SUFFIX, named
 from p2pgz.pool.segment import Segment
 
 log = structlog.get_logger(component="pool")
@@ -23,7 +26,7 @@ Acknowledge = Callable[[], Awaitable[None]]
 """returns when no reply that reads the chunks is in flight any more"""
 
 
-class ChunkRemoval(ChunkStore):
+class ChunkRemoval(ChunkCopies):
     """Chunks out."""
 
     async def remove_chunks(self, segment: Segment, chunks: Iterable[int], acknowledge: Acknowledge) -> int:
@@ -37,11 +40,14 @@ class ChunkRemoval(ChunkStore):
         if segment.native_served:
             raise StateError(f"segment {segment.id} was served natively: it can only be dropped as a whole")
         wanted = set(chunks)
-        before = {n for n in wanted if segment.presence.has(n)}
         lost_syncs = segment.lost_syncs
-        await segment.begin_removal(wanted)
+        before = await segment.begin_removal(wanted)
         try:
             try:
+                if (
+                    segment.native_served
+                ):  # since a moment ago; a mount that begins now sees that bits are missing
+                    raise StateError(f"segment {segment.id} is being served natively")
                 await acknowledge()
             except BaseException:
                 if segment.lost_syncs == lost_syncs:
@@ -49,13 +55,89 @@ class ChunkRemoval(ChunkStore):
                 raise
             with trio.CancelScope(shield=True):
                 self._committer.drop(segment, wanted)
-                async with self._committer.committing:
-                    held = [n for n in wanted if segment.recorded(n) or n in before]
-                    await self._erase(segment, wanted, durable=True)
-                await trio.to_thread.run_sync(self._punch, segment, sorted(wanted), limiter=self._limiter)
+                held = [n for n in wanted if segment.recorded(n)]
+                held += [n for n in before if not segment.recorded(n)]
+                await self._erase_then(segment, wanted, lambda: self._punch(segment, sorted(wanted)))
         finally:
             segment.end_removal(wanted)
         return segment.bytes_of(held)
+
+    async def _erase_then(self, segment: Segment, chunks: Collection[int], free: Callable[[], None]) -> None:
+        """Take chunks off the record, durably, and free their space, in a thread.
+
+        On a disk without a single free page the index may not be able to say so before the space is free. Then
+        it says it afterwards, or stays behind: after a crash, every chunk that it lists is hashed before it is
+        used, and a clean stop writes down what is present, so that a hole cannot pass for a chunk either way.
+        """
+        try:
+            async with self._committer.committing:
+                await self._erase(segment, chunks, durable=True)
+        except PoolFull:
+            log.warning("pool.freed_first", file=str(segment.path), chunks=len(chunks))
+            await trio.to_thread.run_sync(free, limiter=self._limiter)
+            async with self._committer.committing:
+                await self._erase(segment, chunks, durable=True)
+        else:
+            await trio.to_thread.run_sync(free, limiter=self._limiter)
+
+    async def renew_segment(self, segment: Segment, is_unused: Callable[[], bool]) -> int:
+        """Give a segment that was served natively a new, empty file; returns how many bytes it held.
+
+        A kernel that still has the old file keeps it. `is_unused` is asked at the last moment, before anything
+        changes: whether no process may map the file by its name. Raises StateError when it is in use, or is
+        being written or read.
+        """
+        self._refuse_closed()
+        everything = range(segment.table.chunk_count)
+        if any(segment.is_busy(n) for n in everything):
+            raise StateError(f"segment {segment.id} is in use")
+        fresh = await trio.to_thread.run_sync(self._make_empty, segment, limiter=self._limiter)
+        before = await segment.begin_removal(everything)
+        held = segment.held_bytes
+        try:
+            with trio.CancelScope(shield=True):
+                await self._committer.between_syncs(lambda: self._swap(segment, fresh, is_unused, before))
+                await trio.to_thread.run_sync(self._disk.sync_directory, segment.path.parent)
+                async with self._committer.committing:
+                    await self._erase(segment, everything, durable=True)
+                    await self._index.write(
+                        lambda connection: connection.execute(
+                            "UPDATE segments SET native_served = 0 WHERE row = ?", (segment.row,)
+                        ),
+                        durable=True,
+                    )
+                segment.native_served = False
+        finally:
+            segment.end_removal(everything)
+        return held
+
+    def _make_empty(self, segment: Segment) -> int:
+        """A file beside the segment's own, of its size; returns its descriptor."""
+        path = _fresh_path(segment)
+        try:
+            os.close(self._disk.create(path))
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._disk.truncate(fd, segment.table.segment_bytes)
+                self._disk.fsync(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise named(error, f"{path}: cannot be made") from error
+        return fd
+
+    def _swap(
+        self, segment: Segment, fresh: int, is_unused: Callable[[], bool], before: Collection[int]
+    ) -> None:
+        if not is_unused():
+            segment.presence.set_many(before)
+            os.close(fresh)
+            self._disk.unlink(_fresh_path(segment))
+            raise StateError(f"segment {segment.id} is in use")
+        self._committer.drop(segment, range(segment.table.chunk_count))
+        self._disk.replace(_fresh_path(segment), segment.path)
+        segment.take_file(fresh)
 
     def _punch(self, segment: Segment, chunks: list[int]) -> None:
         try:
@@ -103,6 +185,10 @@ class ChunkRemoval(ChunkStore):
             ),
             durable=True,
         )
+
+
+def _fresh_path(segment: Segment) -> Path:
+    return segment.path.with_name(segment.path.name + TEMPORARY_SUFFIX)
 
 
 def punch_ranges(segment: Segment, chunks: Iterable[int]) -> list[tuple[int, int]]:
