@@ -40,6 +40,7 @@ from p2pgz.core.messages import (
     Goodbye,
     GoodbyeReason,
     Hello,
+    IndexWant,
     Join,
     Leave,
     Missing,
@@ -252,6 +253,7 @@ _PARSERS: Final[dict[int, Callable[[memoryview], Frame]]] = {
     FrameType.FORGET: lambda view: Forget(_U32.unpack_from(view)[0], _parse_runs(view[4:], "FORGET")),
     FrameType.DOC_WANT: lambda view: DocWant(_U32.unpack_from(view)[0], _swarm(view[4:])),
     FrameType.DOC: _parse_doc,
+    FrameType.INDEX_WANT: lambda view: IndexWant(_U32.unpack_from(view)[0], _swarm(view[4:])),
     FrameType.JOIN: lambda view: Join(_swarm(view)),
     FrameType.LEAVE: lambda view: Leave(_swarm(view)),
     FrameType.BITMAP: _parse_bitmap,
@@ -275,6 +277,7 @@ BODY_MAX_BYTES: Final[dict[int, int]] = {
     FrameType.FORGET: _U32.size + _RUNS_BYTES,
     FrameType.DOC_WANT: _U32.size + SHA256_BYTES,
     FrameType.DOC: _DOCUMENT.size + PART_MAX_BYTES,
+    FrameType.INDEX_WANT: _U32.size + SHA256_BYTES,
     FrameType.JOIN: SHA256_BYTES,
     FrameType.LEAVE: SHA256_BYTES,
     FrameType.BITMAP: _BITMAP.size + BITMAP_CHUNKS_MAX // 8,
@@ -312,6 +315,8 @@ def encode(frame: Frame) -> bytes:
             kind, body = FrameType.BUSY, _encode_busy(frame)
         case DocWant(request, digest):
             kind, body = FrameType.DOC_WANT, _U32.pack(request) + digest
+        case IndexWant(request, diff_id):
+            kind, body = FrameType.INDEX_WANT, _U32.pack(request) + diff_id
         case Join(swarm):
             kind, body = FrameType.JOIN, swarm
         case Leave(swarm):

@@ -18,7 +18,7 @@ from p2pgz.errors import PeerFault
 # A release speaks its own version and the one before
 LOWEST_VERSION: Final = 1
 HIGHEST_VERSION: Final = 1
-FEATURES: Final = Feature.ZSTD | Feature.PROOF
+FEATURES: Final = Feature.ZSTD | Feature.PROOF | Feature.INDEX
 _LABEL: Final = b"p2pgz exchange hello\0"
 
 Verify = Callable[[bytes, bytes, bytes], bool]

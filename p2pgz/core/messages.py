@@ -48,6 +48,7 @@ class FrameType(IntEnum):
     FORGET = 0x14
     DOC_WANT = 0x15
     DOC = 0x16
+    INDEX_WANT = 0x17
     JOIN = 0x18
     LEAVE = 0x19
     BITMAP = 0x1A
@@ -64,6 +65,8 @@ class Feature(IntFlag):
     """DATA may come compressed"""
     PROOF = 2
     """swarms and documents that need a proof: the frames from 0x30 on"""
+    INDEX = 4
+    """INDEX_WANT"""
 
 
 class DataFlag(IntFlag):
@@ -171,6 +174,13 @@ class DocWant(msgspec.Struct, frozen=True):
     digest: bytes
 
 
+class IndexWant(msgspec.Struct, frozen=True):
+    """Asks for what is known of the own index of the layer with this diffID (`core.indexclaim`). Answered as DocWant is."""
+
+    request: int
+    diff_id: bytes
+
+
 class Doc(msgspec.Struct, frozen=True):
     """A part of a document, like Data."""
 
@@ -232,7 +242,7 @@ class ProofDocWant(msgspec.Struct, frozen=True):
 
 Frame = (
     Hello | Ping | Pong | Goodbye | Want | Data | Missing | Busy | Forget | DocWant | Doc | Join | Leave
-    | Bitmap | BitmapDelta | ProofJoin | Proof | ProofDocWant
+    | Bitmap | BitmapDelta | IndexWant | ProofJoin | Proof | ProofDocWant
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from p2pgz.core.messages import Alternative
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.reference import Reference
 from p2pgz.core.verify import VerifiedChunk
+from p2pgz.errors import P2pgzError
 
 
 class ImageSource(Protocol):
@@ -97,7 +98,7 @@ class PeerSource(Protocol):
     def follow(self, swarm: bytes, secret: bytes = b"") -> None:
         """Learn from all peers, present and future, which chunks of the swarm they have.
 
-        With a secret (`core.sharing.SwarmKey`): only from those that prove that they know the image, too.
+        With the secret of its image (`core.sharing`): only from those that prove that they know the image, too.
         """
         ...
 
@@ -135,4 +136,19 @@ class PeerSource(Protocol):
 
         With the secret of its image: asked for by a name that others do not understand.
         """
+        ...
+
+
+class IndexPeers(PeerSource, Protocol):
+    """Peers that also tell of the own indexes of plain layers (`core.indexclaim`)."""
+
+    async def index_claims(self, diff_id: bytes, told: Callable[[PeerId, bytes], None]) -> None:
+        """Ask connected peers for what they say about a layer; `told` gets each answer as it came, unchecked.
+
+        Returns when all have answered. Time-outs are the caller's.
+        """
+        ...
+
+    def blame(self, peer: PeerId, error: P2pgzError) -> None:
+        """The peer has lied, as it turned out later: it loses its place."""
         ...

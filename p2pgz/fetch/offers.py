@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from p2pgz.core.digest import SHA256_BYTES, Digest
+from p2pgz.fetch.indexes import PlainIndexes
 from p2pgz.fetch.shares import Shares
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.segment import SHARED_DOMAIN
@@ -84,9 +85,10 @@ class SegmentOffer:
 class PoolOffers:
     """What of the pool is given away; see `p2p.offers.Offers`. Without `shares` all of the shared domain is: for tests."""
 
-    def __init__(self, pool: Pool, shares: Shares | None = None) -> None:
+    def __init__(self, pool: Pool, shares: Shares | None = None, indexes: PlainIndexes | None = None) -> None:
         self._pool = pool
         self._shares = shares
+        self._indexes = indexes
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         self._offers: dict[int, tuple[Segment, SegmentOffer]] = {}
 
@@ -111,6 +113,13 @@ class PoolOffers:
             await trio.lowlevel.checkpoint()
             return None
         return await self._pool.get_object(Digest(digest))
+
+    def index(self, diff_id: bytes) -> bytes | None:
+        """What is known of the own index of a plain layer whose chunks every peer may have."""
+        found = self._indexes.claim(Digest(diff_id)) if self._indexes is not None else None
+        if found is None or not (self._shares is None or self._shares.is_open_segment(found[0].id.raw)):
+            return None
+        return found[1]
 
     def secret(self, name: bytes) -> bytes | None:
         """The secret of the image that has a swarm or document of this name."""

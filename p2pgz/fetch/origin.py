@@ -23,6 +23,10 @@ class Origin:
     source: ImageSource
     descriptor: Descriptor
     streamed: bool = False
+    peers: bool = True
+    """whether they may be asked: not for images that are not shared"""
+    secret: bytes = b""
+    """of an image that only those who know it share with each other (`core.sharing`)"""
     link: LinkEstimate = field(default_factory=LinkEstimate)
     """shared by all segments of a source"""
     order: BlobOrder = field(init=False)

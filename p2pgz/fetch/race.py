@@ -18,6 +18,7 @@ from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Holder, PeerSource
 from p2pgz.core.race import PROGRESS_SECONDS, HedgeBudget, Latencies, assign
 from p2pgz.core.schedule import Priority
+from p2pgz.core.sharing import swarm_name
 from p2pgz.core.verify import VerifiedChunk
 from p2pgz.errors import P2pgzError, PeerFault
 from p2pgz.fetch.counters import Counters
@@ -69,7 +70,7 @@ class Race:
             return
         now = trio.current_time()
         if swarm not in self._followed:
-            self._peers.follow(swarm)
+            self._peers.follow(swarm, origin.secret)
             for other in [key for key, used in self._followed.items() if now - used > FOLLOW_SECONDS]:
                 del self._followed[other]
                 self._peers.unfollow(other)
@@ -95,19 +96,21 @@ class Race:
             await trio.sleep(LATE_PEERS_SECONDS)
             long_ago = trio.current_time() - PROGRESS_SECONDS
             for origin in list(origins()):
-                waiting = [
-                    flight.n
-                    for flight in origin.flights.values()
-                    if not flight.chased
-                    and flight.priority <= Priority.READ_AHEAD
-                    and flight.started < long_ago
-                ]
-                swarm = swarm_of(origin) if waiting else None
-                if swarm is None:
-                    continue
-                holders = self._peers.swarm_holders(swarm)
-                found = [n for n in waiting if any(holder.has(n) for holder in holders)]
-                self._chase_all(origin, found, Priority.BLOCKED_READ, holders)
+                late = [f for f in origin.flights.values() if f.started < long_ago]
+                self._offer(origin, [f for f in late if f.priority <= Priority.READ_AHEAD])
+
+    def offer_late(self, origin: Origin) -> None:
+        """Ask peers that have come since for what nobody asks them for yet."""
+        self._offer(origin, list(origin.flights.values()))
+
+    def _offer(self, origin: Origin, flights: Sequence[Flight]) -> None:
+        waiting = [f.n for f in flights if not f.chased]
+        swarm = swarm_of(origin) if waiting else None
+        if swarm is None:
+            return
+        holders = self._peers.swarm_holders(swarm)
+        found = [n for n in waiting if any(holder.has(n) for holder in holders)]
+        self._chase_all(origin, found, Priority.BLOCKED_READ, holders)
 
     def _chase_all(
         self, origin: Origin, chunks: Sequence[int], priority: Priority, holders: Sequence[Holder]
@@ -301,9 +304,13 @@ class _Chase:
 
 
 def swarm_of(origin: Origin) -> bytes | None:
-    """The swarm in which a segment's chunks travel; None for what is not shared with everyone."""
+    """The name of the swarm in which a segment's chunks travel; None for what is not shared."""
     segment = origin.segment
-    return segment.id.raw if segment.domain == SHARED_DOMAIN and not origin.streamed else None
+    if not origin.peers:
+        return None
+    if origin.secret:
+        return swarm_name(origin.secret, segment.id.raw)
+    return segment.id.raw if segment.domain == SHARED_DOMAIN else None
 
 
 def _batches(chunks: Sequence[int], sizes: Sequence[int] | memoryview) -> list[list[int]]:

@@ -16,14 +16,14 @@ from p2pgz.core.model import ChunkKind
 from p2pgz.core.ports import PeerSource
 from p2pgz.core.schedule import LinkEstimate, Priority
 from p2pgz.core.verify import verify
-from p2pgz.errors import ChunkMissing, P2pgzError, SourceUnavailable
+from p2pgz.errors import ChunkMissing, P2pgzError
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.dispatch import Lane
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
-from p2pgz.fetch.plain import restream
 from p2pgz.fetch.race import Race
+from p2pgz.fetch.streamed import Streams
 from p2pgz.fetch.trace import Trace
 from p2pgz.pool.pool import Pool, Segment
 
@@ -61,9 +61,11 @@ class ChunkFetcher:
                 nursery,
                 self.counters,
                 self.trace,
-                lambda origin, chunks: self._lane(origin).adopt(origin, chunks),
+                self._to_source,
             )
             nursery.start_soon(self._race.watch, self.origins)
+        chase = self._race.offer_late if self._race is not None else None
+        self._streams = Streams(pool, nursery, self.trace, chase)
 
     def add_origin(self, origin: Origin) -> None:
         """Say where a segment's bytes come from; a later one replaces it (new credentials, another tag)."""
@@ -121,22 +123,18 @@ class ChunkFetcher:
         self, origin: Origin, chunks: Sequence[int], priority: Priority, deadline: float
     ) -> list[Flight]:
         """Peers that have the chunks, else the segment's source."""
-        if not origin.streamed:
-            if self._race is not None:
-                self._race.start(origin, chunks, priority, deadline)
-            lane = self._lane(origin)
-            flights = lane.want(origin, chunks, priority, deadline)
-            lane.pump()
-            return flights
-        flights = []
-        idle = not origin.flights
-        for n in chunks:
-            if n not in origin.flights:
-                origin.flights[n] = Flight(n, priority, deadline)
-            flights.append(origin.flights[n])
-        if idle:
-            self._nursery.start_soon(self._from_stream, origin)
+        if self._race is not None:
+            self._race.start(origin, chunks, priority, deadline)
+        if origin.streamed:
+            return self._streams.want(origin, chunks, priority, deadline)
+        lane = self._lane(origin)
+        flights = lane.want(origin, chunks, priority, deadline)
+        lane.pump()
         return flights
+
+    def _to_source(self, origin: Origin, chunks: Sequence[int]) -> None:
+        """What peers could not give."""
+        (self._streams if origin.streamed else self._lane(origin)).adopt(origin, chunks)
 
     def _lane(self, origin: Origin) -> Lane:
         lane = self._lanes.get(origin.source.name)
@@ -214,24 +212,6 @@ class ChunkFetcher:
         if segment.recorded(n) and await self._pool.revive(segment, [n]):
             return True
         return await self._pool.copy_from(segment, n)
-
-    async def _from_stream(self, origin: Origin) -> None:
-        """Read a plain layer's blob once more, for all who wait for chunks of it."""
-        error: P2pgzError | None = None
-        try:
-            await restream(self._pool, origin)
-        except P2pgzError as failure:
-            error = failure
-        except Exception as failure:  # a bug here must fail these chunks, not the node
-            log.exception("fetch.bug", blob=str(origin.descriptor.digest))
-            error = P2pgzError(f"internal error: {failure!r}")
-        for n, flight in list(origin.flights.items()):
-            del origin.flights[n]
-            if origin.segment.presence.has(n):
-                self.trace.note(origin.segment, flight, origin.source.name)
-                flight.land()
-            else:
-                flight.fail(error or SourceUnavailable(f"{origin.source.name}: the layer has no chunk {n}"))
 
 
 async def _follow(flight: Flight, successor: Flight) -> None:

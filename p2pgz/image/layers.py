@@ -19,7 +19,6 @@ import msgspec
 import structlog
 import trio
 
-from p2pgz.core import indexdoc
 from p2pgz.core.digest import Digest
 from p2pgz.core.footer import FooterKind
 from p2pgz.core.layout import SegmentLayout
@@ -44,8 +43,9 @@ from p2pgz.errors import ImageInvalid, ImageNotFound, P2pgzError, PoolFull
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.from_registry import harvest
-from p2pgz.fetch.plain import stream_layer
+from p2pgz.fetch.shares import Access
 from p2pgz.fetch.stall import watched
+from p2pgz.image.plain_layers import PlainLayer, PlainLayers
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool, Segment, SegmentMeta
 from p2pgz.pool.segment import SHARED_DOMAIN
@@ -93,9 +93,15 @@ class OpenLayer:
     record: LayerRecord
 
 
-def domain_of(record: LayerRecord) -> str:
-    """The dedup domain of a layer: what nothing vouches for stays by itself, so that it can never stand in for others."""
-    return f"unverified-{record.blob.removeprefix('sha256:')}" if record.unverified else SHARED_DOMAIN
+def domain_of(record: LayerRecord, domain: str) -> str:
+    """The dedup domain of a layer of an image that belongs to `domain`.
+
+    What nothing vouches for stays by itself, so that it can never stand in for others.
+    """
+    if not record.unverified:
+        return domain
+    own = f"unverified-{record.blob.removeprefix('sha256:')}"
+    return own if domain == SHARED_DOMAIN else f"{domain}-{own}"
 
 
 class _Tail:
@@ -121,11 +127,18 @@ class _Tail:
 class LayerOpener:
     """Opens layers of any format."""
 
-    def __init__(self, pool: Pool, documents: Documents, counters: Counters, state_path: Path) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        documents: Documents,
+        counters: Counters,
+        state_path: Path,
+        plain: PlainLayers | None = None,
+    ) -> None:
         self._pool = pool
         self._documents = documents
         self._counters = counters
-        self._state_path = state_path
+        self._plain = plain or PlainLayers(pool, counters, state_path)
         self._facts = state_path / LAYERS
 
     async def open(
@@ -134,23 +147,29 @@ class LayerOpener:
         source: ImageSource,
         descriptor: Descriptor,
         *,
+        access: Access,
         diff_id: Callable[[], Awaitable[Digest]],
         allow_unverified_toc: bool,
         progress: Progress,
     ) -> OpenLayer:
         """Open one layer; raises ImageInvalid that names it, or what the source raises."""
         try:
-            known = await self._known(descriptor, diff_id)
+            known = await self._known(descriptor, diff_id, access)
             if known is not None:
                 return known
-            found = await self._from_peers(descriptor)
+            found = await self._from_peers(descriptor, access)
             if found is not None:
-                return await self._keep_lazy(descriptor, found)
+                return await self._keep_lazy(descriptor, found, access)
+            if shared_document(descriptor.annotations) is None:
+                plain = await self._plain.from_peers(descriptor, await diff_id(), access, progress)
+                if plain is not None:
+                    return await self._keep_plain(descriptor, plain, access)
             tail = _Tail(source, descriptor)
             opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
             if opened is None:
-                return await self._open_plain(source, descriptor, await diff_id(), progress)
-            layer = await self._keep_lazy(descriptor, opened)
+                plain = await self._plain.from_source(source, descriptor, await diff_id(), access, progress)
+                return await self._keep_plain(descriptor, plain, access)
+            layer = await self._keep_lazy(descriptor, opened, access)
             brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
             self._counters.from_registry(brought)
         except PoolFull:
@@ -160,13 +179,13 @@ class LayerOpener:
             raise
         return layer
 
-    async def _from_peers(self, descriptor: Descriptor) -> Opened | None:
+    async def _from_peers(self, descriptor: Descriptor, access: Access) -> Opened | None:
         """The layer by the TOC that a peer has, without a request for its blob."""
         wanted = shared_document(descriptor.annotations)
         if wanted is None:
             return None
         document = await self._documents.from_peers(
-            wanted, limit_bytes=DOCUMENT_MAX_BYTES, seconds=TOC_FROM_PEERS_SECONDS
+            wanted, limit_bytes=DOCUMENT_MAX_BYTES, seconds=TOC_FROM_PEERS_SECONDS, access=access
         )
         if document is None:
             return None
@@ -181,31 +200,28 @@ class LayerOpener:
             return None
 
     async def _known(
-        self, descriptor: Descriptor, diff_id: Callable[[], Awaitable[Digest]]
+        self, descriptor: Descriptor, diff_id: Callable[[], Awaitable[Digest]], access: Access
     ) -> OpenLayer | None:
         """The layer as it was opened before, from the pool alone."""
         try:
             facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
-            data = await self._pool.get_object(Digest.parse(facts.document))
+            data = await self._pool.get_object(Digest.parse(facts.document), domain=access.domain)
         except (OSError, msgspec.MsgspecError, P2pgzError):
             return None
         if data is None:
             return None
 
+        if facts.kind == "plain":
+            plain = await self._plain.known(Digest.parse(facts.document), data, await diff_id())
+            return await self._finish_plain(descriptor, plain, access) if plain is not None else None
+        kind = facts.kind
+
         def parse() -> tuple[Toc, SegmentLayout]:
-            toc = (
-                indexdoc.from_bytes(data).toc
-                if facts.kind == "plain"
-                else parse_toc(
-                    data, kind=facts.kind, payload_end=facts.payload_end, blob_size=descriptor.size
-                )
-            )
+            toc = parse_toc(data, kind=kind, payload_end=facts.payload_end, blob_size=descriptor.size)
             return toc, SegmentLayout.build(toc, compression=facts.compression)
 
         toc, layout = await trio.to_thread.run_sync(parse)
-        if facts.kind == "plain" and toc.digest != await diff_id():
-            return None  # another image's config lies about this blob, or ours does: read it and say so
-        return await self._finish(descriptor, toc, layout, facts.kind, unverified=False)
+        return await self._finish(descriptor, toc, layout, kind, access, unverified=False)
 
     async def _open_tail(self, reference: Reference, tail: _Tail, *, allow_unverified: bool) -> Opened | None:
         """The layer by its footer; None for a plain one."""
@@ -259,7 +275,7 @@ class LayerOpener:
                 return await source.document(layer)
         raise ImageNotFound(f"{toc_reference} has no TOC for this layer")
 
-    async def _keep_lazy(self, descriptor: Descriptor, opened: Opened) -> OpenLayer:
+    async def _keep_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> OpenLayer:
         layout = await trio.to_thread.run_sync(
             lambda: SegmentLayout.build(opened.toc, compression=opened.compression)
         )
@@ -270,30 +286,27 @@ class LayerOpener:
                 compression=opened.compression,
                 payload_end=opened.footer.payload_end,
             )
-            await self._remember(descriptor, facts, opened.toc.digest, opened.toc_json)
+            await self._remember(descriptor, facts, opened.toc.digest, opened.toc_json, access)
             if opened.document is not opened.toc_json:
                 await self._documents.keep(
-                    await trio.to_thread.run_sync(Digest.of, opened.document), opened.document
+                    await trio.to_thread.run_sync(Digest.of, opened.document), opened.document, access
                 )
         return await self._finish(
-            descriptor, opened.toc, layout, opened.footer.kind, unverified=not opened.vouched
+            descriptor, opened.toc, layout, opened.footer.kind, access, unverified=not opened.vouched
         )
 
-    async def _open_plain(
-        self, source: ImageSource, descriptor: Descriptor, diff_id: Digest, progress: Progress
-    ) -> OpenLayer:
-        log.info("layer.plain", blob=str(descriptor.digest), bytes=descriptor.size, effect="it is read whole")
-        index, layout, segment = await stream_layer(
-            self._pool, source, descriptor, diff_id, self._state_path, progress
-        )
-        self._counters.whole_layer(segment)
-        data = await trio.to_thread.run_sync(indexdoc.to_bytes, index)
-        document = await trio.to_thread.run_sync(Digest.of, data)
-        facts = _Facts(document=str(document), kind=PLAIN, compression="none", payload_end=descriptor.size)
-        await self._remember(descriptor, facts, document, data)
-        return await self._finish(descriptor, index.toc, layout, PLAIN, unverified=False)
+    async def _keep_plain(self, descriptor: Descriptor, plain: PlainLayer, access: Access) -> OpenLayer:
+        document = str(plain.document)
+        facts = _Facts(document=document, kind=PLAIN, compression="none", payload_end=descriptor.size)
+        await self._remember(descriptor, facts, plain.document, plain.data, access)
+        return await self._finish_plain(descriptor, plain, access)
 
-    async def _remember(self, descriptor: Descriptor, facts: _Facts, document: Digest, data: bytes) -> None:
+    async def _finish_plain(self, descriptor: Descriptor, plain: PlainLayer, access: Access) -> OpenLayer:
+        return await self._finish(descriptor, plain.toc, plain.layout, PLAIN, access, unverified=False)
+
+    async def _remember(
+        self, descriptor: Descriptor, facts: _Facts, document: Digest, data: bytes, access: Access
+    ) -> None:
         """Keep what was learned; a full disk costs the next open its requests, nothing else."""
         path = self._facts_path(descriptor)
 
@@ -302,13 +315,20 @@ class LayerOpener:
             write_durably(path, msgspec.json.encode(facts))
 
         try:
-            await self._pool.put_object(document, data)
+            await self._pool.put_object(document, data, domain=access.domain)
             await trio.to_thread.run_sync(write)
         except (PoolFull, OSError) as error:
             log.warning("toc.not_kept", blob=str(descriptor.digest), reason=str(error))
 
     async def _finish(
-        self, descriptor: Descriptor, toc: Toc, layout: SegmentLayout, kind: str, *, unverified: bool
+        self,
+        descriptor: Descriptor,
+        toc: Toc,
+        layout: SegmentLayout,
+        kind: str,
+        access: Access,
+        *,
+        unverified: bool,
     ) -> OpenLayer:
         record = LayerRecord(
             segment=str(toc.digest),
@@ -318,7 +338,10 @@ class LayerOpener:
             prefetch_end=toc.prefetch_end,
         )
         meta = SegmentMeta(
-            domain=domain_of(record), blob_digest=descriptor.digest, blob_bytes=descriptor.size, source=kind
+            domain=domain_of(record, access.domain),
+            blob_digest=descriptor.digest,
+            blob_bytes=descriptor.size,
+            source=kind,
         )
         segment = await self._pool.open_segment(layout, meta)
         return OpenLayer(toc=toc, layout=layout, segment=segment, record=record)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
 
+from p2pgz.core.indexclaim import CLAIM_MAX_BYTES
 from p2pgz.core.messages import (
     DOCUMENT_MAX_BYTES,
     REQUEST_CHUNKS_MAX,
@@ -21,6 +22,7 @@ from p2pgz.core.messages import (
     DocWant,
     Forget,
     Frame,
+    IndexWant,
     Join,
     Leave,
     ProofDocWant,
@@ -54,6 +56,8 @@ class Asking(ABC):
         self.error: P2pgzError | None = None
         """why the connection ended"""
         self.proofs = proofs
+        self.tells_indexes = False
+        """whether that was agreed on"""
         self.bitmaps = Bitmaps(proofs)
         self.downloads = Downloads(zstd=zstd)
 
@@ -140,17 +144,30 @@ class Asking(ABC):
         With the secret of its image the peer sees a name that it understands only if it knows the image, and our proof.
         """
         self._raise_if_ended()
-        if secret and self.proofs is None:
+        proofs = self.proofs
+        if not secret:
+            return await self._document(limit_bytes, lambda number: DocWant(number, digest))
+        if proofs is None:
             await trio.lowlevel.checkpoint()
             return None
+        name = document_name(secret, digest)
+        proof = proofs.document(secret, name)
+        return await self._document(limit_bytes, lambda number: ProofDocWant(number, name, proof))
+
+    async def index_claim(self, diff_id: bytes) -> bytes | None:
+        """What the peer says about the own index of a plain layer, not checked; None when it says nothing."""
+        self._raise_if_ended()
+        if not self.tells_indexes:
+            await trio.lowlevel.checkpoint()
+            return None
+        return await self._document(CLAIM_MAX_BYTES, lambda number: IndexWant(number, diff_id))
+
+    async def _document(self, limit_bytes: int, want: Callable[[int], Frame]) -> bytes | None:
+        """Ask by the frame that `want` makes of a request number, and wait for the whole answer."""
         document, fetch = DocumentRequest(limit_bytes), Fetch()
         number = self.downloads.new_number()
         self.downloads.documents[number] = (document, fetch)
-        if secret and self.proofs is not None:
-            name = document_name(secret, digest)
-            self._say(ProofDocWant(number, name, self.proofs.document(secret, name)))
-        else:
-            self._say(DocWant(number, digest))
+        self._say(want(number))
         try:
             while not document.done:
                 await fetch.wait()

@@ -31,6 +31,7 @@ from p2pgz.core.messages import (
     Goodbye,
     GoodbyeReason,
     Hello,
+    IndexWant,
     Join,
     Leave,
     Missing,
@@ -85,6 +86,7 @@ class Connection(Asking):
         proofs = ends.proofs if ends.agreement.features & Feature.PROOF else None
         super().__init__(ends.peer, zstd=zstd, proofs=proofs)
         self.version = ends.agreement.version
+        self.tells_indexes = bool(ends.agreement.features & Feature.INDEX)
         self.fault: Fault | None = None
         """what the peer did, if it was to blame"""
         self.since = trio.current_time()
@@ -115,6 +117,7 @@ class Connection(Asking):
             Forget: self.serving.on_forget,
             DocWant: self._on_doc_want,
             Doc: self._on_doc,
+            IndexWant: self._on_index_want,
             Join: lambda frame: self.serving.on_join(frame.swarm),
             Leave: lambda frame: self.serving.on_leave(frame.swarm),
             Bitmap: self.bitmaps.on_bitmap,
@@ -250,6 +253,13 @@ class Connection(Asking):
             self._start_document(frame.request, lambda: self._offers.proven_document(frame.name))
         else:
             self._say(Missing(frame.request))
+
+    def _on_index_want(self, frame: IndexWant) -> None:
+        if not self.tells_indexes:
+            raise PeerFault("a question about an index, which was not agreed on")
+        self._used_at = self._heard_at
+        claim = self._offers.index(frame.diff_id)
+        self._say(Missing(frame.request) if claim is None else Doc(frame.request, 0, len(claim), claim))
 
     def _start_document(self, request: int, read: Callable[[], Awaitable[bytes | None]]) -> None:
         self._used_at = self._heard_at

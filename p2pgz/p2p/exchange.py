@@ -8,8 +8,8 @@ never decides between peers and registry: that is the race's business.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -41,6 +41,8 @@ HANDSHAKES_MAX: Final = 64
 # A document is small or rare: three peers at a time find one quickly and cost little when none has it
 DOCUMENT_ASKS_AT_ONCE: Final = 3
 DOCUMENT_SECONDS: Final = 5.0
+# those that know a layer are likely among the quickest; each answer is a few hundred bytes
+INDEX_ASKS_MAX: Final = 16
 # how soon followers learn of new chunks; more often would cost more than it helps
 TELL_SECONDS: Final = 0.05
 
@@ -315,6 +317,30 @@ class Exchange:
         error = ChunkCorrupt(f"peer {connection.peer}: document {Digest(digest)} has other bytes")
         connection.blame(error, Fault.CORRUPT)
         return None
+
+    async def index_claims(self, diff_id: bytes, told: Callable[[PeerId, bytes], None]) -> None:
+        """Ask the quickest peers what they say about the own index of a layer; see `core.ports.IndexPeers`."""
+
+        async def ask(connection: Connection) -> None:
+            with suppress(P2pgzError):
+                data = await connection.index_claim(diff_id)
+                if data is not None:
+                    told(connection.peer, data)
+
+        best = {c.peer: c for c in sorted(self.connections(), key=Connection.expected_seconds, reverse=True)}
+        async with trio.open_nursery() as nursery:
+            for connection in list(best.values())[-INDEX_ASKS_MAX:]:
+                nursery.start_soon(ask, connection)
+
+    def blame(self, peer: PeerId, error: P2pgzError) -> None:
+        """A peer's lie has come out: it loses its place."""
+        connections = [c for c in self._connections.get(peer, ()) if not c.ended]
+        if not connections:
+            self._note_fault(peer, Fault.LIE)
+            return
+        connections[0].blame(error, Fault.LIE)
+        for connection in connections[1:]:
+            self._nursery.start_soon(connection.close, GoodbyeReason.FAULT)
 
     async def _tell(self) -> None:
         """Look at each followed bitmap once per round, however many peers follow it: most have not changed."""

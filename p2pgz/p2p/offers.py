@@ -50,6 +50,10 @@ class Offers(Protocol):
         """A TOC, manifest or config that may be given away, or None."""
         ...
 
+    def index(self, diff_id: bytes) -> bytes | None:
+        """What may be said about the own index of a plain layer: a small document of `core.indexclaim`, or None."""
+        ...
+
     def secret(self, name: bytes) -> bytes | None:
         """The secret of the image that has a swarm or document of this name, if there is one for provers.
 
