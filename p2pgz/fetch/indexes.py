@@ -130,8 +130,8 @@ class PlainIndexes:
         except OSError as error:
             raise PoolFull(f"{self._directory}: {error.strerror}") from error
 
-    def claim(self, diff_id: Digest) -> tuple[Segment, bytes] | None:
-        """What peers are told of a layer, and the segment that it is about; None when there is nothing to tell."""
+    def claim(self, diff_id: Digest) -> tuple[Segment, Digest, bytes] | None:
+        """What peers are told of a layer, with the segment and the document that it is about; None: nothing."""
         record = self.record(diff_id)
         if record is None or not record.checked or record.document_bytes > DOCUMENT_MAX_BYTES:
             return None
@@ -139,7 +139,7 @@ class PlainIndexes:
         if segment is None:
             return None
         claim = IndexClaim(record.document, record.document_bytes, record.makers)
-        return segment, indexclaim.to_bytes(claim)
+        return segment, record.document, indexclaim.to_bytes(claim)
 
     def is_lie(self, segment: Digest) -> bool:
         """Whether the index that names this segment turned out to be none of its layer."""

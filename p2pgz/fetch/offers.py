@@ -89,6 +89,8 @@ class PoolOffers:
         self._pool = pool
         self._shares = shares
         self._indexes = indexes
+        self._told_documents: set[bytes] = set()
+        """indexes of plain layers that some peer has been told of: who is told may have them"""
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         self._offers: dict[int, tuple[Segment, SegmentOffer]] = {}
 
@@ -109,7 +111,8 @@ class PoolOffers:
 
     async def document(self, digest: bytes) -> bytes | None:
         """A TOC, manifest or config that every peer may have."""
-        if self._shares is not None and not self._shares.is_open_document(digest):
+        told = digest in self._told_documents
+        if self._shares is not None and not told and not self._shares.is_open_document(digest):
             await trio.lowlevel.checkpoint()
             return None
         return await self._pool.get_object(Digest(digest))
@@ -117,9 +120,13 @@ class PoolOffers:
     def index(self, diff_id: bytes) -> bytes | None:
         """What is known of the own index of a plain layer whose chunks every peer may have."""
         found = self._indexes.claim(Digest(diff_id)) if self._indexes is not None else None
-        if found is None or not (self._shares is None or self._shares.is_open_segment(found[0].id.raw)):
+        if found is None:
             return None
-        return found[1]
+        segment, document, claim = found
+        if self._shares is not None and not self._shares.is_open_segment(segment.id.raw):
+            return None
+        self._told_documents.add(document.raw)
+        return claim
 
     def secret(self, name: bytes) -> bytes | None:
         """The secret of the image that has a swarm or document of this name."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from p2pgz.core.media import Descriptor
 from p2pgz.core.ports import ImageSource
 from p2pgz.core.schedule import BlobOrder, LinkEstimate, Priority, SequentialReads
+from p2pgz.errors import P2pgzError
 from p2pgz.fetch.flights import Flight
 from p2pgz.pool.pool import Segment
 
@@ -27,6 +28,8 @@ class Origin:
     """whether they may be asked: not for images that are not shared"""
     secret: bytes = b""
     """of an image that only those who know it share with each other (`core.sharing`)"""
+    refused: P2pgzError | None = None
+    """why nothing of it may be read any more"""
     link: LinkEstimate = field(default_factory=LinkEstimate)
     """shared by all segments of a source"""
     order: BlobOrder = field(init=False)

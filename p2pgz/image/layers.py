@@ -138,7 +138,7 @@ class LayerOpener:
         self._pool = pool
         self._documents = documents
         self._counters = counters
-        self._plain = plain or PlainLayers(pool, counters, state_path)
+        self.plain = plain or PlainLayers(pool, counters, state_path)
         self._facts = state_path / LAYERS
 
     async def open(
@@ -161,13 +161,13 @@ class LayerOpener:
             if found is not None:
                 return await self._keep_lazy(descriptor, found, access)
             if shared_document(descriptor.annotations) is None:
-                plain = await self._plain.from_peers(descriptor, await diff_id(), access, progress)
+                plain = await self.plain.from_peers(descriptor, await diff_id(), access, progress)
                 if plain is not None:
                     return await self._keep_plain(descriptor, plain, access)
             tail = _Tail(source, descriptor)
             opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
             if opened is None:
-                plain = await self._plain.from_source(source, descriptor, await diff_id(), access, progress)
+                plain = await self.plain.from_source(source, descriptor, await diff_id(), access, progress)
                 return await self._keep_plain(descriptor, plain, access)
             layer = await self._keep_lazy(descriptor, opened, access)
             brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
@@ -212,7 +212,7 @@ class LayerOpener:
             return None
 
         if facts.kind == "plain":
-            plain = await self._plain.known(Digest.parse(facts.document), data, await diff_id())
+            plain = await self.plain.known(Digest.parse(facts.document), data, await diff_id())
             return await self._finish_plain(descriptor, plain, access) if plain is not None else None
         kind = facts.kind
 

@@ -59,11 +59,15 @@ class PlainLayers:
         self._indexes = indexes or PlainIndexes(pool, state_path / INDEXES)
         self._share = share
 
+    def is_lie(self, segment: Digest) -> bool:
+        """Whether the index that names this segment turned out to be none of its layer."""
+        return self._indexes.is_lie(segment)
+
     async def known(self, document: Digest, data: bytes, diff_id: Digest) -> PlainLayer | None:
         """A layer by the index that was kept; None when it is another layer's, or a lie."""
         layer = await _parsed(document, data)
         # of another diff id: another image's config lies about this blob, or ours does. Read it and say so
-        if layer is None or layer[0] != diff_id or self._indexes.is_lie(layer[1].toc.digest):
+        if layer[0] != diff_id or self.is_lie(layer[1].toc.digest):
             return None
         return layer[1]
 
@@ -115,7 +119,7 @@ class PlainLayers:
         return PlainLayer(toc=toc, layout=layout, document=document, data=data)
 
 
-async def _parsed(document: Digest, data: bytes) -> tuple[Digest, PlainLayer] | None:
+async def _parsed(document: Digest, data: bytes) -> tuple[Digest, PlainLayer]:
     def parse() -> tuple[Digest, PlainLayer]:
         index = indexdoc.from_bytes(data)
         toc = segment_toc(index.toc)
