@@ -38,7 +38,7 @@ log = structlog.get_logger(component="fetch")
 # What is asked for before the window before it has been checked; half of it is on the way while the other half is hashed
 WINDOW_BYTES: Final = 16 << 20
 WINDOW_CHUNKS: Final = 2048
-# Bitmaps come within a round trip of JOIN
+# Bitmaps come within a round trip of JOIN, and another peer may be about to have what one has failed to give
 HOLDERS_SECONDS: Final = 1.0
 LOOK_SECONDS: Final = 0.01
 BUSY_SECONDS_MIN: Final = 0.02
@@ -172,7 +172,7 @@ class Gathering:
         left = set(window)
         await self._from_pool(left, spool)
         tried: dict[PeerId, set[int]] = {}
-        waited = False
+        stuck_at = trio.current_time() + HOLDERS_SECONDS
         while left:
             holders = self._peers.swarm_holders(self._swarm)
             plan = assign(
@@ -186,9 +186,9 @@ class Gathering:
             )
             if plan:
                 await self._ask_all(plan, left, tried, spool)
-            elif not waited:
-                waited = True
-                await self.wait_for_holders()
+                stuck_at = trio.current_time() + HOLDERS_SECONDS
+            elif trio.current_time() < stuck_at:
+                await trio.sleep(LOOK_SECONDS)
             else:
                 raise PeersGaveUp(f"no peer has {len(left)} of its chunks")
 

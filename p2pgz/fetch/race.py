@@ -104,7 +104,7 @@ class Race:
         self._offer(origin, list(origin.flights.values()))
 
     def _offer(self, origin: Origin, flights: Sequence[Flight]) -> None:
-        waiting = [f.n for f in flights if not f.chased]
+        waiting = [f.n for f in flights if f.at_source and not f.chased]
         swarm = swarm_of(origin) if waiting else None
         if swarm is None:
             return

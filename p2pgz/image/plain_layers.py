@@ -16,7 +16,7 @@ from p2pgz.core import indexdoc
 from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout
 from p2pgz.core.media import Descriptor
-from p2pgz.core.model import Toc
+from p2pgz.core.model import ChunkKind, Toc
 from p2pgz.core.ownindex import segment_toc
 from p2pgz.core.ports import ImageSource
 from p2pgz.fetch.counters import Counters
@@ -94,7 +94,11 @@ class PlainLayers:
 
     def _is_here(self, segment_id: Digest) -> bool:
         segment = self._pool.segment(segment_id)
-        return segment is not None and segment.holds(0, segment.table.chunk_count)
+        if segment is None:
+            return False
+        kind = segment.table.kind
+        absent = segment.presence.missing(0, segment.table.chunk_count)
+        return all(kind[n] == ChunkKind.ZEROS or segment.recorded(n) for n in absent)
 
     async def from_source(
         self,
