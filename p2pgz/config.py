@@ -108,6 +108,8 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """file with the cluster's key, one a line, at most two (the new one and the old one); empty: anyone may join"""
     allow: list[str] = []
     """peer ids that may join without the cluster's key"""
+    trusted_indexers: list[str] = []
+    """peer ids whose signed index of a layer that nobody converted is believed at once: it is lazy, and checked later"""
     dht: bool = True
     """find and announce providers in the DHT; without it only peers that are connected anyway are asked"""
     upload_bytes_per_second: NonNegative = 0

@@ -194,6 +194,8 @@ class DiscoveringPeers:
         self.swarm_holders = exchange.swarm_holders
         self.fetch = exchange.fetch
         self.document = exchange.document
+        self.index_claims = exchange.index_claims
+        self.blame = exchange.blame
 
     def follow(self, swarm: bytes, secret: bytes = b"") -> None:
         """See PeerSource."""

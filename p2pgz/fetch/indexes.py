@@ -28,6 +28,8 @@ from p2pgz.pool.pool import Pool, Segment
 
 log = structlog.get_logger(component="fetch")
 
+# in the state directory
+INDEXES: Final = "indexes"
 RECORD_SUFFIX: Final = ".json"
 LIE_SUFFIX: Final = ".lie"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import structlog
 import trio
@@ -20,7 +19,7 @@ from p2pgz.core.model import ChunkKind, Toc
 from p2pgz.core.ownindex import segment_toc
 from p2pgz.core.ports import ImageSource
 from p2pgz.fetch.counters import Counters
-from p2pgz.fetch.indexes import PlainIndexes
+from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.plain import Progress, stream_layer
 from p2pgz.fetch.plainshare import PlainShare
 from p2pgz.fetch.shares import Access
@@ -28,8 +27,6 @@ from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import SHARED_DOMAIN
 
 log = structlog.get_logger(component="image")
-
-INDEXES: Final = "indexes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.errors import ConfigError, P2pgzError, StateError
 from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
+from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
 from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
@@ -51,6 +52,7 @@ class Peering:
         discovery: Discovery,
         bootstrapper: Bootstrapper,
         addresses: list[PeerAddress],
+        indexes: PlainIndexes,
     ) -> None:
         self.identity = identity
         self.exchange: Exchange = plane.exchange
@@ -59,6 +61,7 @@ class Peering:
         self.peers = DiscoveringPeers(plane.exchange, discovery)
         self.addresses = addresses
         """at which others reach us"""
+        self.indexes = indexes
         self.dht: Dht | None = None
         self._dht_ready = trio.Event()
 
@@ -123,12 +126,15 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
     bootstrap = [PeerAddress.parse(text, where="peers.bootstrap") for text in config.bootstrap]
     uploads = Uploads(bytes_per_second=config.upload_bytes_per_second, slots=config.upload_slots)
     credentials = Credentials.make(identity, admission)
+    indexes = PlainIndexes(pool, state_path / INDEXES, identity)
     early: list[Peering] = []
 
     async def on_multistream(stream: trio.SocketStream) -> None:
         await early[0].on_multistream(stream)
 
-    async with _open_plane(config, credentials, PoolOffers(pool), uploads, on_multistream) as plane:
+    async with _open_plane(
+        config, credentials, PoolOffers(pool, None, indexes), uploads, on_multistream
+    ) as plane:
         addresses = _own_addresses(config, plane, bootstrap)
         discovery = Discovery(plane.exchange, pool)
 
@@ -146,7 +152,7 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
             is_own=lambda endpoint: any((a.host, a.port) == endpoint for a in addresses),
             remembered=await trio.to_thread.run_sync(RememberedPeers.load, state_path, time.time()),
         )
-        peering = Peering(identity, plane, discovery, bootstrapper, addresses)
+        peering = Peering(identity, plane, discovery, bootstrapper, addresses, indexes)
         early.append(peering)
         if admission.open:
             log.warning(

@@ -25,6 +25,7 @@ from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
 from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
+from p2pgz.node.plainly import share_plain_layers
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
 from p2pgz.web import unix
@@ -65,7 +66,10 @@ async def open_node(
             read_deadline_seconds=config.fetch.read_deadline_seconds,
             peers=peers,
         )
-        opener = ImageOpener(pool, fetcher, state_path, peers)
+        plain = None
+        if peering is not None:
+            plain = share_plain_layers(config.peers, peering, pool, fetcher, state_path, nursery)
+        opener = ImageOpener(pool, fetcher, state_path, peers, plain=plain)
         segments = await stack.enter_async_context(SegmentClient.open(run_path))
         erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
         servers = Servers(

@@ -29,7 +29,7 @@ from p2pgz.core.verify import verify
 from p2pgz.errors import ImageInvalid, SourceUnavailable
 from p2pgz.fetch import gather, signed
 from p2pgz.fetch.documents import Documents
-from p2pgz.fetch.indexes import PlainIndexes
+from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.plainshare import PlainShare
@@ -37,7 +37,7 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Access
 from p2pgz.fetch.signed import SignedLayers
 from p2pgz.image.layers import LayerOpener, OpenLayer
-from p2pgz.image.plain_layers import INDEXES, PlainLayers
+from p2pgz.image.plain_layers import PlainLayers
 from p2pgz.p2p.certificate import verify_signature
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials
