@@ -222,7 +222,14 @@ def _environment_keys(environment: Mapping[str, str]) -> dict[str, str]:
 
 # keys that are lists: in the environment, items are separated by commas
 _LISTS = frozenset(
-    {"registry.plain_http", "peers.listen", "peers.announce", "peers.bootstrap", "peers.allow"}
+    {
+        "registry.plain_http",
+        "peers.listen",
+        "peers.announce",
+        "peers.bootstrap",
+        "peers.allow",
+        "peers.trusted_indexers",
+    }
 )
 
 
