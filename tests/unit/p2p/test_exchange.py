@@ -15,6 +15,7 @@ import trio
 from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
 from p2pgz.core.frames import encode
+from p2pgz.core.hello import FEATURES
 from p2pgz.core.messages import (
     Alternative,
     Busy,
@@ -26,6 +27,7 @@ from p2pgz.core.messages import (
     FrameType,
     Goodbye,
     GoodbyeReason,
+    IndexWant,
     Join,
     Missing,
     Ping,
@@ -36,7 +38,7 @@ from p2pgz.core.messages import (
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
 from p2pgz.core.wire import HEADER
-from p2pgz.errors import P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.errors import ImageInvalid, P2pgzError, PeerFault, SourceUnavailable
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p import connection as connection_module
 from p2pgz.p2p import exchange as exchange_module
@@ -211,6 +213,39 @@ async def test_document_larger_than_expected_is_refused_before_it_is_held(tmp_pa
         assert b.exchange.standing.counts == {Fault.PROTOCOL: 1}
 
 
+@pytest.mark.parametrize(
+    ("claim", "fault"), [(bytes(2000), None), (bytes(2049), Fault.PROTOCOL), (None, None)], ids=str
+)
+async def test_claims_about_indexes_come_from_peers_as_they_are(
+    tmp_path: Path, claim: bytes | None, fault: Fault | None
+) -> None:
+    async with pair(tmp_path) as (a, b):
+        a.exchange._offers.index = lambda diff_id: claim if diff_id == bytes(32) else None  # type: ignore[method-assign]
+        told: list[tuple[PeerId, bytes]] = []
+        await b.exchange.index_claims(bytes(32), lambda peer, data: told.append((peer, data)))
+        assert told == ([(a.id, claim)] if claim is not None and fault is None else [])
+        assert list(b.exchange.standing.counts) == ([] if fault is None else [fault])
+
+
+async def test_question_about_an_index_that_was_not_agreed_on_is_a_fault(tmp_path: Path) -> None:
+    async with open_peer(tmp_path / "a", LAYER) as a, raw(a, features=Feature.ZSTD) as ends:
+        await settled(a.exchange.connections)
+        await say(ends, IndexWant(1, bytes(32)))
+        await settled(lambda: a.exchange.standing.counts == {Fault.PROTOCOL: 1})
+
+
+async def test_peer_whose_lie_comes_out_later_loses_its_place(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (a, b):
+        b.exchange.blame(a.id, ImageInvalid("it lied"))
+        await settled(lambda: not b.exchange.connections())
+        assert b.exchange.standing.counts == {Fault.LIE: 1}
+        with pytest.raises(SourceUnavailable, match="lost its place"):
+            await b.exchange.connect("127.0.0.1", a.port, expected=a.id)
+        stranger = Identity.new().peer_id
+        b.exchange.blame(stranger, ImageInvalid("it lied, and has left"))
+        assert b.exchange.standing.out_until(stranger, trio.current_time())
+
+
 async def test_chunks_travel_compressed_where_both_agreed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,11 +401,11 @@ async def test_silence_is_asked_about_and_then_ends_the_connection(
 
 
 @asynccontextmanager
-async def raw(peer: Peer) -> AsyncIterator[Handshaken]:
+async def raw(peer: Peer, features: Feature = FEATURES) -> AsyncIterator[Handshaken]:
     """A connection to `peer` whose frames the test writes itself."""
     stream = await trio.open_tcp_stream("127.0.0.1", peer.port)
     async with stream:
-        yield await dial(stream, Credentials.make(Identity.new(), Admission()))
+        yield await dial(stream, Credentials.make(Identity.new(), Admission(), features))
 
 
 async def say(ends: Handshaken, *frames: Frame | bytes) -> None:
