@@ -16,7 +16,7 @@ from p2pgz.core.model import ChunkKind
 from p2pgz.core.ports import PeerSource
 from p2pgz.core.schedule import LinkEstimate, Priority
 from p2pgz.core.verify import verify
-from p2pgz.errors import ChunkMissing, P2pgzError
+from p2pgz.errors import ChunkMissing, P2pgzError, PoolFull
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.dispatch import Lane
 from p2pgz.fetch.flights import Flight
@@ -28,6 +28,9 @@ from p2pgz.fetch.trace import Trace
 from p2pgz.pool.pool import Pool, Segment
 
 log = structlog.get_logger(component="fetch")
+
+# A chunk that came and is evicted, or pushed out of memory, before its reader has it is fetched again
+SUPPLY_ATTEMPTS = 100
 
 
 class ChunkFetcher:
@@ -92,10 +95,32 @@ class ChunkFetcher:
         if priority is Priority.BLOCKED_READ:
             self._read_ahead(segment, first, count)
 
+    async def supply(self, segment: Segment, first: int, count: int, priority: Priority) -> dict[int, bytes]:
+        """The same, and the bytes of those chunks that the pool has no room for.
+
+        The others are present when this returns, and may be evicted as soon as the caller awaits anything.
+        """
+        for _ in range(SUPPLY_ATTEMPTS):
+            await self.ensure(segment, first, count, priority)
+            found = {n: self._pool.unkept(segment, n) for n in segment.presence.missing(first, count)}
+            unkept = {n: bytes(chunk.data) for n, chunk in found.items() if chunk is not None}
+            if len(unkept) == len(found):
+                return unkept
+        raise PoolFull(
+            f"segment {segment.id}: its chunks are pushed out before they are read",
+            hint="free some space, or raise pool.quota_bytes",
+        )
+
     async def ensure_chunks(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> None:
-        """The same for any set of chunks."""
+        """The same for any set of chunks; those that the pool has no room for are in its overflow for a while.
+
+        What nobody waits for is refused with PoolFull while it would push out what somebody has read.
+        """
+        chunks = [n for n in chunks if self._pool.unkept(segment, n) is None]
         if not chunks:
             return
+        if priority >= Priority.START_UP and not self._pool.has_slack:
+            raise PoolFull("the pool has no room for what nobody waits for", hint="raise pool.quota_bytes")
         for flight in self._start(segment, chunks, priority):
             await flight.wait()
 
@@ -151,7 +176,7 @@ class ChunkFetcher:
 
     def _read_ahead(self, segment: Segment, first: int, count: int) -> None:
         origin = self._origins.get(segment.id)
-        if origin is None or origin.streamed:
+        if origin is None or origin.streamed or not self._pool.keeps:
             return
         table = segment.table
 

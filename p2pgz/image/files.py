@@ -10,7 +10,7 @@ from p2pgz.core.schedule import Priority
 from p2pgz.errors import ImageNotFound, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
-from p2pgz.image.reader import read_whole
+from p2pgz.image.reader import patched, read_whole
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.segment import SHARED_DOMAIN
 
@@ -26,15 +26,22 @@ async def read_path(image: OpenImage, fetcher: ChunkFetcher, path: bytes) -> Asy
         raise UsageError(f"{shown} is not a regular file")
     segments = image.segments
 
+    unkept: dict[int, bytes] = {}
+
     async def ensure(segment: int, first: int, count: int, priority: Priority) -> None:
-        await fetcher.ensure(segments[segment], first, count, priority)
+        nonlocal unkept
+        unkept = await fetcher.supply(segments[segment], first, count, priority)
+
+    def view(segment: int, offset: int, size: int) -> memoryview:
+        piece = segments[segment].file_view(offset, size)
+        return memoryview(patched(piece, offset, segments[segment].table, unkept)) if unkept else piece
 
     pieces = read_whole(
         image.tree,
         lambda segment: segments[segment].table,
         ino,
         ensure,
-        lambda segment, offset, size: segments[segment].file_view(offset, size),
+        view,
     )
     async for piece in pieces:
         yield piece
@@ -51,8 +58,8 @@ async def read_digest(pool: Pool, fetcher: ChunkFetcher, digest: Digest) -> byte
             f"{digest}: not known here", hint="mount or `p2pgz ls` an image that has it first"
         )
     segment, n = place
-    await fetcher.ensure_chunks(segment, segment.presence.missing(n, 1), Priority.BLOCKED_READ)
-    return bytes(segment.view(n))
+    unkept = await fetcher.supply(segment, n, 1, Priority.BLOCKED_READ)
+    return unkept[n] if unkept else bytes(segment.view(n))
 
 
 def _place_in_open_images(fetcher: ChunkFetcher, digest: Digest) -> tuple[Segment, int] | None:

@@ -6,6 +6,7 @@ chunks are made present and bytes are looked at through two callbacks.
 
 from __future__ import annotations
 
+import mmap
 import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -55,6 +56,19 @@ def plan_read(tree: TreeFile, table_for: TableFor, ino: int, offset: int, size: 
     low = bisect_right(table.segment_offset, start, first, end) - 1
     high = bisect_left(table.segment_offset, start + size, first, end)
     return ReadPlan(extent.segment, start, size, max(low, first), high - max(low, first))
+
+
+def patched(piece: memoryview, start: int, table: SegmentTable, unkept: dict[int, bytes]) -> bytes:
+    """Bytes of a segment from `start` on, with chunks put in that are not in its file."""
+    if isinstance(piece.obj, mmap.mmap) and piece.obj.size() < start + len(piece):
+        raise ValueError("the segment's file was cut short")  # touching it would be the end of this process
+    answer = bytearray(piece)
+    for n, data in unkept.items():
+        at = table.segment_offset[n] - start
+        low, high = max(0, at), min(len(answer), at + len(data))
+        if low < high and len(data) == table.size[n]:
+            answer[low:high] = data[low - at : high - at]
+    return bytes(answer)
 
 
 async def read_file(

@@ -37,9 +37,16 @@ async def verify_image(
             step = order[start : start + STEP_CHUNKS]
             if fetch:
                 wrong += await _fetch_step(fetcher, segment, [n for n in step if not segment.presence.has(n)])
-            here = [n for n in step if segment.presence.has(n)]
+            # claimed: what is evicted while it is read would look wrong
+            await segment.claim(step)
+            try:
+                here = [n for n in step if segment.presence.has(n)]
+                bad = await trio.to_thread.run_sync(_wrong_chunks, segment, here)
+            finally:
+                segment.release(step)
+            # checked when they came, and the pool has no room for them
+            unkept = [n for n in step if pool.unkept(segment, n) is not None] if fetch else []
             missing_chunks += len(step) - len(here) if not fetch else 0
-            bad = await trio.to_thread.run_sync(_wrong_chunks, segment, here)
             for n in bad:
                 wrong.append(f"chunk {Digest(segment.table.digest(n))} in segment {segment.id}")
             if bad:
@@ -48,7 +55,7 @@ async def verify_image(
                 for n in bad:
                     segment.presence.clear(n)
                 await pool.revive(segment, bad)
-            right = set(here) - set(bad)
+            right = {*here, *unkept} - set(bad)
             right_chunks += len(right)
             right_bytes += sum(segment.table.size[n] for n in right)
             done = right_chunks + missing_chunks + len(wrong)

@@ -57,6 +57,9 @@ class Kind(IntEnum):
     """node → fs: read no more requests of the kernel, answer those you have read, then end; a successor takes over"""
     DRAINING = 10
     """fs → node: I read no more of them"""
+    UNKEPT = 11
+    """node → fs: chunk `first` has no place in the pool; its `amount` bytes are in the memfd that comes along. Alone in its
+    datagram, and before the REPLY to `id`"""
 
 
 class Record(NamedTuple):

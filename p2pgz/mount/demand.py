@@ -20,7 +20,7 @@ _Key = tuple[int, int]  # segment, chunk
 class Ticket:
     """One waiting read. `wake` is called once, when `done` becomes true; then `errno` says how it ended."""
 
-    __slots__ = ("done", "errno", "keys", "remaining", "wake")
+    __slots__ = ("done", "errno", "keys", "remaining", "unkept", "wake")
 
     def __init__(self, keys: Sequence[_Key], wake: Callable[[], object]) -> None:
         self.keys = keys
@@ -28,6 +28,8 @@ class Ticket:
         self.wake = wake
         self.done = False
         self.errno = 0
+        self.unkept: dict[int, bytes] = {}
+        """chunks that came by themselves, since the pool has no room for them"""
 
     def _finish(self, errno: int) -> None:
         self.done = True
@@ -132,6 +134,13 @@ class Demand:
                 ticket.remaining -= 1
                 if errno or not ticket.remaining:
                     ticket._finish(errno)  # both are this module's
+
+    def delivered(self, segment: int, n: int, data: bytes) -> None:
+        """The bytes of a chunk, ahead of the answer about it: for whoever waits now, and nobody later."""
+        flight = self._flights.get((segment, n))
+        for ticket in flight.tickets if flight is not None else ():
+            if not ticket.done:
+                ticket.unkept[n] = data
 
     def fail_all(self, errno: int) -> None:
         """End every wait with this errno, and forget what was asked for."""

@@ -61,6 +61,7 @@ class ErofsMode:
     ) -> None:
         """`scratch_path` is on the disk where metadata is kept: what cannot hold it fails the self-test."""
         self._client = client
+        self.roster = client.roster
         self._pool = pool
         self._result_path = run_path / RESULT_NAME
         self._scratch_path = scratch_path

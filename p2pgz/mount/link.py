@@ -15,6 +15,7 @@ from typing import Final
 
 import trio
 
+from p2pgz.core.model import MAX_CHUNK_BYTES
 from p2pgz.mount.channel import (
     CHANNEL_VERSION,
     DATAGRAM_BYTES,
@@ -25,10 +26,17 @@ from p2pgz.mount.channel import (
     encode,
 )
 from p2pgz.mount.demand import Demand
+from p2pgz.mount.relink import descriptors
+from p2pgz.mount.setup import close_all
 from p2pgz.pool.presence import Presence
 
-# A node that says "present" of a chunk that is not (it was evicted in between) is asked again this often
-ATTEMPTS: Final = 3
+# A node that says "present" of a chunk that is not is asked again, since it was evicted in between; at first at once, then
+# after 10, 20, 40 … ms, so that eviction has settled
+ATTEMPTS: Final = 12
+ATTEMPTS_AT_ONCE: Final = 4
+PAUSE_START_SECONDS: Final = 0.01
+# A memfd with a chunk: no TOC has a larger one
+UNKEPT_MAX_BYTES: Final = MAX_CHUNK_BYTES
 # The kernel repeats a failed read-ahead page by page at once; that repetition must not wait for a whole deadline again
 AFTER_DEADLINE_SECONDS: Final = 0.5
 
@@ -62,17 +70,23 @@ class NodeLink:
         """Whether a node hears us now."""
         return self._socket is not None
 
-    async def ensure(self, segment: int, first: int, count: int) -> int:
-        """Wait until chunks first .. first+count are present; returns 0, or the errno that the reader gets."""
-        return await self.ensure_chunks(segment, range(first, first + count))
+    async def ensure(self, segment: int, first: int, count: int, unkept: dict[int, bytes]) -> int:
+        """Wait until chunks first .. first+count are present; returns 0, or the errno that the reader gets.
 
-    async def ensure_chunks(self, segment: int, chunks: Sequence[int]) -> int:
+        Chunks that the pool cannot keep are in `unkept` then; the others are present at the moment of the return, and the
+        caller has to use them before it awaits anything: later, they may be evicted.
+        """
+        return await self.ensure_chunks(segment, range(first, first + count), unkept)
+
+    async def ensure_chunks(self, segment: int, chunks: Sequence[int], unkept: dict[int, bytes]) -> int:
         """The same for chunks in any order; the first one that is missing is what the reader is stuck at."""
         missing: list[int] = []
         with trio.move_on_after(self._deadline_seconds):
-            for _ in range(ATTEMPTS):
+            for attempt in range(ATTEMPTS):
+                if attempt >= ATTEMPTS_AT_ONCE:
+                    await trio.sleep(PAUSE_START_SECONDS * 2 ** (attempt - ATTEMPTS_AT_ONCE))
                 has = self.presences[segment].has
-                missing = [n for n in chunks if not has(n)]
+                missing = [n for n in chunks if not has(n) and n not in unkept]
                 if not missing:
                     return 0
                 if self._expired and self._has_just_expired(segment, missing):
@@ -87,6 +101,7 @@ class NodeLink:
                         self.send(self.demand.give_up(ticket))
                 if ticket.errno:
                     return ticket.errno
+                unkept |= ticket.unkept
             return errno.EIO
         until = trio.current_time() + AFTER_DEADLINE_SECONDS
         self._expired |= {(segment, n): until for n in missing}
@@ -154,17 +169,36 @@ class NodeLink:
         while True:
             await trio.lowlevel.wait_readable(connection)
             try:
-                datagram = connection.recv(DATAGRAM_BYTES + 1, socket.MSG_DONTWAIT)
+                datagram, ancillary, _, _ = connection.recvmsg(
+                    DATAGRAM_BYTES + 1, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 continue
             except OSError:
                 return
-            if not datagram:
-                return
-            records, unknown = decode(datagram)
-            self.garbage += unknown
-            for record in records:
-                self._take(record)
+            fds = descriptors(ancillary)
+            try:
+                if not datagram:
+                    return
+                records, unknown = decode(datagram)
+                self.garbage += unknown
+                for record in records:
+                    if record.kind is Kind.UNKEPT:
+                        self._take_bytes(record, fds)
+                    else:
+                        self._take(record)
+            finally:
+                close_all(fds)
+
+    def _take_bytes(self, record: Record, fds: list[int]) -> None:
+        if len(fds) != 1 or not 0 < record.amount <= UNKEPT_MAX_BYTES:
+            self.garbage += 1
+            return
+        data = os.pread(fds[0], record.amount, 0)
+        if len(data) == record.amount:
+            self.demand.delivered(record.segment, record.first, data)
+        else:
+            self.garbage += 1
 
     def _take(self, record: Record) -> None:
         match record.kind:

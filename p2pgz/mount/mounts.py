@@ -7,6 +7,7 @@ and the holder's interest in it, and that is all we look at. Everything else tha
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
 from p2pgz.mount.records import MountDocument, MountOptions, from_record, to_record
 from p2pgz.mount.relink import mount_id_of
+from p2pgz.mount.roster import listening
 from p2pgz.mount.servers import EROFS, Served, Servers
 from p2pgz.mount.session import FsSession
 from p2pgz.mount.setup import READ_AHEAD_COMPLETE_KB
 from p2pgz.mount.umount import FS_TYPE, is_ours, top_mount
 from p2pgz.pool.catalog import Catalog, MountRecord
+from p2pgz.pool.segment import Segment
 
 __all__ = ["Mount", "MountDocument", "MountOptions", "Mounts"]
 
@@ -79,6 +82,8 @@ class Mounts:
         self._mounts: dict[str, Mount] = {}
         self._recovering: dict[str, MountRecord] = {}
         self._lost: dict[str, dict[str, Any]] = {}  # by directory
+        self.strangers: list[Path] = []  # sockets of processes that could not be taken over
+        self._recovered = False
 
     @property
     def count(self) -> int:
@@ -129,7 +134,14 @@ class Mounts:
         )
         self._mounts[mounted.id] = mounted
         self._nursery.start_soon(self._live, mounted)
+        self._nursery.start_soon(self._note_mounted, mounted)
         return mounted
+
+    async def _note_mounted(self, mounted: Mount) -> None:
+        try:
+            await self._catalog.note_mounted(mounted.image.segments, time.time())
+        except P2pgzError as error:  # costs nothing but the order of eviction
+            log.info("mount.not_noted", reason=str(error))
 
     async def _live(self, mounted: Mount) -> None:
         """Owns everything that runs for one mount, until it has ended."""
@@ -224,9 +236,11 @@ class Mounts:
                 )
         for paths in sockets.values():
             for path in paths:
+                self.strangers.append(path)
                 log.warning(
                     "mount.unknown", socket=str(path), effect="it serves what it has until it is unmounted"
                 )
+        self._recovered = True
         return gone
 
     async def _recover(
@@ -269,6 +283,7 @@ class Mounts:
                 session = await self._servers.reattach(served, path)
             except P2pgzError as error:
                 log.warning("fs.not_taken_over", directory=record.directory, reason=str(error))
+                self.strangers += listening([path])
                 path.unlink(missing_ok=True)
         restarted = session is None
         if session is None:
@@ -295,6 +310,15 @@ class Mounts:
                     continue
                 count += 1
         return count
+
+    def segments(self) -> list[Segment]:
+        """Those of all mounted images."""
+        return [segment for mounted in self._mounts.values() for segment in mounted.image.segments]
+
+    @property
+    def settled(self) -> bool:
+        """Whether what an earlier node mounted was taken over, as far as it can be."""
+        return self._recovered and not self._recovering
 
     def take(self, token: str) -> tuple[Mount, int]:
         """The descriptor of a new mount, once; the caller closes it after sending. Raises ImageNotFound otherwise."""

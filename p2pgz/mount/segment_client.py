@@ -24,6 +24,7 @@ import trio
 from p2pgz.errors import MountUnavailable, StateError
 from p2pgz.mount import hosting, relink, setup
 from p2pgz.mount.hosting import ErofsPart, SelfTested, SelfTestPart
+from p2pgz.mount.roster import Roster
 from p2pgz.mount.session import Ensure, FsSession, Observe
 from p2pgz.mount.setup import Failed, Ready, SessionOptions
 
@@ -61,6 +62,7 @@ class SegmentClient:
         self._run_path = run_path
         self._control: socket.socket | None = None
         self._starting = trio.Lock()
+        self.roster = Roster()
         self.pid = 0
         """of the host that was started last"""
 
@@ -104,11 +106,19 @@ class SegmentClient:
                 raise setup.to_error(message)
             raise MountUnavailable("the segment host gave an answer that is not understood")
 
-        connection, (ready, mount_fd) = await self._ask(ask)
-        session = HostedSession(connection, options, ensure, observe)
-        session.started(ready, mount_fd, None)
-        self._nursery.start_soon(session.run)
+        with self.roster.starting():
+            connection, (ready, mount_fd) = await self._ask(ask)
+            session = HostedSession(connection, options, ensure, observe)
+            session.started(ready, mount_fd, None)
+            self.roster.enter(session)
+        self._nursery.start_soon(self._live, session)
         return session
+
+    async def _live(self, session: HostedSession) -> None:
+        try:
+            await session.run()
+        finally:
+            self.roster.leave(session)
 
     async def self_test(self, folder: Path) -> SelfTested:
         """Whether the kernel can be trusted; `folder` is on the disk where metadata will be."""

@@ -24,6 +24,7 @@ import trio
 
 from p2pgz.core.layout import SegmentTable
 from p2pgz.errors import StateError
+from p2pgz.image.reader import patched
 from p2pgz.mount.kernel import MAX_TASKS
 from p2pgz.mount.link import NodeLink
 from p2pgz.pool.presence import Presence
@@ -70,14 +71,14 @@ class HostedLink(NodeLink):
         """the mount is gone: nobody answers here any more"""
         self._places = trio.Semaphore(WAITING_READS_MAX)
 
-    async def ensure_chunks(self, segment: int, chunks: Sequence[int]) -> int:
+    async def ensure_chunks(self, segment: int, chunks: Sequence[int], unkept: dict[int, bytes]) -> int:
         """See NodeLink; one image cannot take all handlers."""
         with trio.move_on_after(PLACE_SECONDS) as scope:
             await self._places.acquire()
         if scope.cancelled_caught:
             return errno.EIO
         try:
-            return errno.EIO if self.ended else await super().ensure_chunks(segment, chunks)
+            return errno.EIO if self.ended else await super().ensure_chunks(segment, chunks, unkept)
         finally:
             self._places.release()
 
@@ -132,12 +133,16 @@ class SegmentFile:
             chunks = self.chunks(offset, end)
             if self._has(user.link.presences[user.segment], chunks):
                 break
-            code = await user.link.ensure_chunks(user.segment, chunks)
+            unkept: dict[int, bytes] = {}
+            code = await user.link.ensure_chunks(user.segment, chunks, unkept)
+            if not code and unkept:
+                return patched(self._data[offset:end], offset, self.table, unkept)
             if not code:
                 break
             if not user.link.ended:
                 self._on_failed_read(self.ino, offset, end - offset)
                 raise pyfuse3.FUSEError(code)
+        # nothing is awaited between the look at the bits and pyfuse3's reply: eviction relies on it (see `roster`)
         return self._data[offset:end]
 
     def released(self) -> None:

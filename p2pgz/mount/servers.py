@@ -27,6 +27,7 @@ from p2pgz.mount.kernel import can_resend, no_resend
 from p2pgz.mount.records import MountOptions
 from p2pgz.mount.session import Ensure, FsHost, FsSession, SegmentFiles, SessionOptions
 from p2pgz.mount.umount import check_mount_point, clear_dead_mount
+from p2pgz.pool.segment import Segment
 
 log = structlog.get_logger(component="mount")
 
@@ -68,6 +69,7 @@ class Servers:
         self._read_deadline_seconds = read_deadline_seconds
         self._resend = resend
         self._erofs = erofs
+        self._rosters = [host.roster] if erofs is None else [host.roster, erofs.roster]
 
     async def start(self, served: Served, *, resume: bool = False, resend: bool = True) -> FsSession:
         """A process for a new mount, or with `resume` for one that the holder keeps."""
@@ -197,10 +199,19 @@ class Servers:
         return session
 
     def _ensure(self, image: OpenImage) -> Ensure:
-        async def ensure(segment_index: int, first: int, count: int, priority: int) -> None:
-            await self._fetcher.ensure(image.segments[segment_index], first, count, Priority(priority))
+        async def ensure(segment_index: int, first: int, count: int, priority: int) -> dict[int, bytes]:
+            return await self._fetcher.supply(image.segments[segment_index], first, count, Priority(priority))
 
         return ensure
+
+    def is_mapped(self, segment: Segment) -> bool:
+        """Whether a process may answer reads from a segment's file, or is about to."""
+        return any(roster.is_mapped(segment.path) for roster in self._rosters)
+
+    async def acknowledge(self, segment: Segment) -> None:
+        """Return when no reply from bytes whose bits are cleared now is in flight. The caller sets a time limit."""
+        for roster in self._rosters:
+            await roster.quiesce(segment.path)
 
     def orphans(self) -> list[Path]:
         """Sockets of processes that an earlier node left."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,9 @@ import trio
 
 from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.mount import relink, setup
-from p2pgz.mount.channel import DATAGRAM_BYTES, RECORDS_PER_DATAGRAM, Kind, Record, decode, encode
+from p2pgz.mount.channel import DATAGRAM_BYTES, Kind, Record, decode
+from p2pgz.mount.outbox import Outbox
+from p2pgz.mount.roster import Roster
 from p2pgz.mount.setup import Failed, Ready, SegmentFiles, SessionOptions
 from p2pgz.mount.spawner import Spawner
 from p2pgz.mount.stats import FsStats
@@ -41,8 +43,9 @@ MAX_UNANSWERED: Final = 65_536
 ERRNO_MAX: Final = 4095  # the kernel's MAX_ERRNO
 EIO: Final = 5
 
-Ensure = Callable[[int, int, int, int], Awaitable[None]]
-"""`ensure(segment_index, first_chunk, count, priority)`: return when they are present; raises P2pgzError"""
+Ensure = Callable[[int, int, int, int], Awaitable[Mapping[int, bytes] | None]]
+"""`ensure(segment_index, first_chunk, count, priority)`: return when they are present, or the bytes of those that the pool
+cannot keep; raises P2pgzError"""
 Observe = Callable[[int, int, int, int], None]
 """`observe(ino, segment_index, first_chunk, count)`: a file was read for the first time"""
 
@@ -67,8 +70,7 @@ class FsSession:
         self._scopes: dict[int, trio.CancelScope] = {}
         self._pings: dict[int, trio.Event] = {}
         self._ping_ids = count(1)
-        self._outbox: list[Record] = []
-        self._clogged = trio.Event()
+        self._outbox = Outbox(connection)
         self._heard_at = trio.current_time()
         self._expects_exit = False
         self._exited = trio.Event()
@@ -131,7 +133,7 @@ class FsSession:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._ping_for_ever)
-                nursery.start_soon(self._unclog)
+                nursery.start_soon(self._outbox.run)
                 await self._receive(nursery)
                 nursery.cancel_scope.cancel()
         finally:
@@ -215,7 +217,7 @@ class FsSession:
         code = 0
         with scope:
             try:
-                await self._ensure(record.segment, record.first, record.amount, record.priority)
+                await self._supply(record)
             except P2pgzError as error:
                 code = error.errno_value
             except Exception:
@@ -231,30 +233,20 @@ class FsSession:
             self.stats.answered += 1
         self._send(Record(Kind.REPLY, errno=code, id=record.id))
 
+    async def _supply(self, record: Record) -> None:
+        """Have the chunks made present; send those along that cannot be."""
+        while unkept := await self._ensure(record.segment, record.first, record.amount, record.priority):
+            if self._outbox.has_room:
+                for n, data in unkept.items():
+                    self._outbox.send_bytes(
+                        Record(Kind.UNKEPT, 0, 0, record.segment, n, len(data), record.id), data
+                    )
+                return
+            # the process does not read: better to fetch them again than to gather them here
+            await self._outbox.drained()
+
     def _send(self, record: Record) -> None:
-        self._outbox.append(record)
-        if not self._clogged.is_set():
-            self._flush()
-
-    def _flush(self) -> None:
-        while self._outbox:
-            batch = self._outbox[:RECORDS_PER_DATAGRAM]
-            try:
-                self._socket.send(encode(batch), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                self._clogged.set()
-                return
-            except OSError:
-                self._outbox.clear()  # the other side is gone; `_receive` notices
-                return
-            del self._outbox[: len(batch)]
-
-    async def _unclog(self) -> None:
-        while True:
-            await self._clogged.wait()
-            await trio.lowlevel.wait_writable(self._socket)
-            self._clogged = trio.Event()
-            self._flush()
+        self._outbox.send(record)
 
     async def _ping_for_ever(self) -> None:
         heard_at, unheard = self._heard_at, 0
@@ -288,6 +280,7 @@ class FsHost:
         self._run_path = run_path
         self._spawner = Spawner(nursery, self._note_exit)
         self._by_pid: dict[int, FsSession] = {}
+        self.roster = Roster()
         self._starts = 0  # sessions that do not know their pid yet
         # processes that ended meanwhile: one of them may be such a session's
         self._early_exits: dict[int, int] = {}
@@ -315,11 +308,12 @@ class FsHost:
         if self._run_path is not None and not options.socket_path:
             name = relink.socket_name(options.hold_id or token_hex(8), token_hex(4))
             options = msgspec.structs.replace(options, socket_path=self._run_path / name)
-        try:
-            return await self._start(options, ensure, observe)
-        except _EndedEarlyError:
-            # the zygote was killed with our request in its socket: the next one is a new process
-            return await self._start(options, ensure, observe)
+        with self.roster.starting():
+            try:
+                return await self._start(options, ensure, observe)
+            except _EndedEarlyError:
+                # the zygote was killed with our request in its socket: the next one is a new process
+                return await self._start(options, ensure, observe)
 
     async def _start(self, options: SessionOptions, ensure: Ensure, observe: Observe | None) -> FsSession:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -344,6 +338,7 @@ class FsHost:
             if not self._starts:
                 self._early_exits.clear()
         self._by_pid[ready.pid] = session
+        self.roster.enter(session)
         self._nursery.start_soon(self._live, session)
         return session
 
@@ -352,9 +347,11 @@ class FsHost:
     ) -> FsSession:
         """Take over a file system process of an earlier node. `adopt` is told what it serves, and returns its segments
         as this node has them (same order); after that `ensure` hears every request that is without an answer."""
-        connection, options = await relink.connect(socket_path, adopt)
-        session = FsSession(connection, options, ensure, observe)
-        session.pid = relink.peer_pid(connection)
+        with self.roster.starting():
+            connection, options = await relink.connect(socket_path, adopt)
+            session = FsSession(connection, options, ensure, observe)
+            session.pid = relink.peer_pid(connection)
+            self.roster.enter(session)
         self._nursery.start_soon(self._live, session)
         return session
 
@@ -374,6 +371,7 @@ class FsHost:
             await session.run()
         finally:
             self._by_pid.pop(session.pid, None)
+            self.roster.leave(session)
 
     @staticmethod
     async def _set_up(connection: socket.socket, options: SessionOptions) -> tuple[Ready, int]:

@@ -18,6 +18,7 @@ from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 import pyfuse3
 
 from p2pgz.core.layout import SegmentTable
+from p2pgz.image.reader import patched
 from p2pgz.image.treefile import TreeFile
 from p2pgz.mount.channel import Kind, Record
 from p2pgz.mount.link import NodeLink
@@ -231,10 +232,16 @@ class TreeOperations(pyfuse3.Operations):
         if self._observed is not None:
             self._observe(fh, file, first)
         if not self._link.presences[file.segment].has_range(first, count):
-            code = await self._link.ensure(file.segment, first, count)
+            unkept: dict[int, bytes] = {}
+            code = await self._link.ensure(file.segment, first, count, unkept)
             if code:
                 self._on_failed_read(fh, off, end - off)
                 raise pyfuse3.FUSEError(code)
+            if unkept:
+                segment = self._segments[file.segment]
+                start = file.base + off
+                return patched(segment.data[start : file.base + end], start, segment.table, unkept)
+        # nothing is awaited between the look at the bits and pyfuse3's reply: eviction relies on it (see `roster`)
         return file.view[off:end]
 
     def _observe(self, ino: int, file: _OpenFile, first: int) -> None:

@@ -53,6 +53,10 @@ class Room(Protocol):
         """Whether this many bytes more are within the quota."""
         ...
 
+    def has_slack(self) -> bool:
+        """Whether there is room for what nobody waits for."""
+        ...
+
     async def make(self, count: int) -> bool:
         """Free this many bytes; false when that cannot be, and for a while nothing is kept then."""
         ...
@@ -159,6 +163,16 @@ class ChunkStore:
         offset = segment.table.segment_offset[n]
         await self._store(segment, [n], lambda _: self._disk.pwrite(segment.data_fd, chunk.data, offset))
         self.overflow.drop(segment, n)
+
+    @property
+    def keeps(self) -> bool:
+        """False while chunks go through memory to their readers, since the disk is full."""
+        return self.room is None or self.room.keeps
+
+    @property
+    def has_slack(self) -> bool:
+        """Whether there is room for what nobody waits for: it must not push out what somebody has read."""
+        return self.room is None or self.room.has_slack()
 
     @property
     def written_bytes(self) -> int:

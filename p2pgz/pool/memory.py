@@ -35,6 +35,7 @@ class MemoryPool:
     def __init__(self, *, quota_bytes: int = 0) -> None:
         self.quota_bytes = quota_bytes
         self.catalog = Catalog(Index.in_memory())
+        self.keeps = self.has_slack = True
         self._segments: dict[tuple[str, Digest], Segment] = {}
         self._counts: Counter[str] = Counter()
 
@@ -115,6 +116,10 @@ class MemoryPool:
                 segment.on_record.set(n)
                 self._counts["added_chunks"] += 1
                 self._counts["added_bytes"] += segment.bytes_of([n])
+
+    def unkept(self, segment: Segment, n: int) -> VerifiedChunk | None:
+        """See `Pool.unkept`: it has no overflow."""
+        return None
 
     async def flush(self) -> None:
         """See `Pool.flush`."""
