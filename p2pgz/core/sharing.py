@@ -63,13 +63,6 @@ class Policy:
         return Mode.CLUSTER
 
 
-class SwarmKey(NamedTuple):
-    """The name under which a segment's chunks travel, and the secret of its image if peers must prove to know it."""
-
-    name: bytes
-    secret: bytes = b""
-
-
 def image_secret(manifest: bytes) -> bytes:
     """S: HKDF-SHA-256 over the manifest. Who has its bytes has S; its digest, which is public, is of no use."""
     extracted = hmac.digest(_SALT, manifest, "sha256")

@@ -52,7 +52,7 @@ async def prefetch(fetcher: ChunkFetcher, segment: Segment, until: int) -> None:
 
     Failures are left to readers, who have deadlines and are told.
     """
-    origin = fetcher.origin(segment.id)
+    origin = fetcher.origin(segment)
     if origin is None:
         return
     for batch in batches(segment, origin.order.chunk_at, until):
@@ -69,7 +69,7 @@ async def fill(fetcher: ChunkFetcher, segments: Sequence[Segment], *, delay_seco
     for segment in segments:
         retry_seconds = RETRY_START_SECONDS
         while segment.presence.present_count() < segment.table.chunk_count:
-            origin = fetcher.origin(segment.id)
+            origin = fetcher.origin(segment)
             if origin is None:
                 break
             try:

@@ -15,6 +15,7 @@ import trio
 from p2pgz.core.digest import Digest
 from p2pgz.core.ports import PeerSource
 from p2pgz.errors import P2pgzError, PoolFull
+from p2pgz.fetch.shares import Access
 from p2pgz.pool.pool import Pool
 
 log = structlog.get_logger(component="fetch")
@@ -23,24 +24,30 @@ log = structlog.get_logger(component="fetch")
 HEAD_START_SECONDS: Final = 0.15
 # All peers together, when nobody else can answer
 PEERS_SECONDS: Final = 10.0
+_OPEN: Final = Access()
 
 
 class Documents:
-    """Gets and keeps documents. `peers` None: this node has none."""
+    """Gets and keeps documents. `peers` None: this node has none. `access`: where they are kept and how peers are asked."""
 
     def __init__(self, pool: Pool, peers: PeerSource | None) -> None:
         self._pool = pool
         self._peers = peers
 
     async def get(
-        self, digest: Digest, *, limit_bytes: int, from_source: Callable[[], Awaitable[bytes]]
+        self,
+        digest: Digest,
+        *,
+        limit_bytes: int,
+        from_source: Callable[[], Awaitable[bytes]],
+        access: Access = _OPEN,
     ) -> bytes:
         """The document; raises what the source raises when no peer has it either."""
-        kept = await self._pool.get_object(digest)
+        kept = await self._pool.get_object(digest, domain=access.domain)
         if kept is not None:
             return kept
-        if self._peers is None:
-            return await self.keep(digest, await from_source())
+        if self._peers is None or not access.peers:
+            return await self.keep(digest, await from_source(), access)
         found: list[bytes] = []
         failures: list[P2pgzError] = []
         head_start = trio.Event()
@@ -48,7 +55,7 @@ class Documents:
         async with trio.open_nursery() as nursery:
 
             async def ask_peers() -> None:
-                document = await self.from_peers(digest, limit_bytes=limit_bytes)
+                document = await self.from_peers(digest, limit_bytes=limit_bytes, access=access)
                 if document is not None:
                     found.append(document)
                     nursery.cancel_scope.cancel()
@@ -68,22 +75,22 @@ class Documents:
             nursery.start_soon(ask_source)
         if not found:
             raise failures[0]
-        return await self.keep(digest, found[0])
+        return await self.keep(digest, found[0], access)
 
     async def from_peers(
-        self, digest: Digest, *, limit_bytes: int, seconds: float = PEERS_SECONDS
+        self, digest: Digest, *, limit_bytes: int, seconds: float = PEERS_SECONDS, access: Access = _OPEN
     ) -> bytes | None:
         """The document if a connected peer has it, not kept yet; None otherwise."""
-        if self._peers is None:
+        if self._peers is None or not access.peers:
             return None
         with trio.move_on_after(seconds):
-            return await self._peers.document(digest.raw, limit_bytes=limit_bytes)
+            return await self._peers.document(digest.raw, limit_bytes=limit_bytes, secret=access.secret)
         return None
 
-    async def keep(self, digest: Digest, document: bytes) -> bytes:
+    async def keep(self, digest: Digest, document: bytes, access: Access = _OPEN) -> bytes:
         """Keep a document whose digest is checked; a full disk costs the next one who needs it a request, nothing else."""
         try:
-            await self._pool.put_object(digest, document)
+            await self._pool.put_object(digest, document, domain=access.domain)
         except PoolFull as error:
             log.warning("document.not_kept", digest=str(digest), reason=error.what)
         return document

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from p2pgz.core.digest import Digest
-from p2pgz.core.sharing import Mode, Policy, SwarmKey, document_name, image_secret, private_domain, swarm_name
+from p2pgz.core.sharing import Mode, Policy, document_name, image_secret, private_domain, swarm_name
 from p2pgz.errors import ImageInvalid
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool, Segment
@@ -66,27 +66,19 @@ class Place:
     secret: bytes = b""
 
     @property
-    def shared(self) -> bool:
-        """Whether every admitted peer may have it."""
-        return self.mode is Mode.CLUSTER
-
-    @property
     def access(self) -> Access:
         """For its config and TOCs."""
-        return Access(self.domain, self.secret, self.mode is not Mode.NONE)
+        return Access(self.domain, self.secret, self.shared)
 
     @property
     def manifest_domain(self) -> str:
         """Where its manifest is kept."""
         return SHARED_DOMAIN if self.domain == SHARED_DOMAIN else private_domain(self.repository)
 
-    def swarm(self, segment: Segment) -> SwarmKey | None:
-        """How the chunks of a segment of it travel; None: not at all."""
-        if self.mode is Mode.NONE or segment.domain != self.domain:
-            return None
-        if self.mode is Mode.PROOF:
-            return SwarmKey(swarm_name(self.secret, segment.id.raw), self.secret)
-        return SwarmKey(segment.id.raw)
+    @property
+    def shared(self) -> bool:
+        """Whether any peer may have it, or be asked for it."""
+        return self.mode is not Mode.NONE
 
 
 class _Closed(NamedTuple):

@@ -37,6 +37,8 @@ class OpenImage:
     tree: TreeFile
     tree_path: Path
     segments: list[Segment]
+    layers: list[Segment] = field(default_factory=list)
+    """those of its own layers whose TOC the manifest vouches for: what may be shared; the tree may refer to others, too"""
     prefetch: list[tuple[Segment, int]] = field(default_factory=list)
     """segments whose author recorded start-up files, and the blob offset where those end"""
     warnings: list[str] = field(default_factory=list)

@@ -17,6 +17,7 @@ from p2pgz.fetch.background import fill, prefetch
 from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
+from p2pgz.fetch.shares import Access
 from p2pgz.image.layers import LayerOpener
 from p2pgz.pool.pool import Pool
 from p2pgz.testing.memory_source import Fault, MemorySource
@@ -80,6 +81,7 @@ async def bench(tmp_path, vector="basic.esgz64k", *, deadline=5.0, blob=None, an
             parse_reference("registry.test/image"),
             source,
             descriptor,
+            access=Access(),
             diff_id=no_diff_id,
             allow_unverified_toc=True,
             progress=no_progress,
@@ -219,10 +221,13 @@ async def test_equal_chunks_of_another_segment_are_copied_not_fetched(tmp_path):
         descriptor = replace(
             b.source.add((VECTORS / other["blob"]).read_bytes()), annotations=other["annotations"]
         )
-        layer = await LayerOpener(b.pool, Documents(b.pool, None), b.fetcher.counters, tmp_path / "state").open(
+        layer = await LayerOpener(
+            b.pool, Documents(b.pool, None), b.fetcher.counters, tmp_path / "state"
+        ).open(
             parse_reference("registry.test/image"),
             b.source,
             descriptor,
+            access=Access(),
             diff_id=None,
             allow_unverified_toc=False,
             progress=None,
