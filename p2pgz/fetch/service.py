@@ -51,7 +51,7 @@ class ChunkFetcher:
         self._connections = connections
         self._fill_limiter = RateLimiter(fill_bytes_per_second)
         self._read_deadline_seconds = read_deadline_seconds
-        self._origins: dict[Digest, Origin] = {}
+        self._origins: dict[tuple[str, Digest], Origin] = {}
         self._lanes: dict[str, Lane] = {}
         self._links: dict[str, LinkEstimate] = {}
         self.counters = Counters()
@@ -74,16 +74,24 @@ class ChunkFetcher:
         """Say where a segment's bytes come from; a later one replaces it (new credentials, another tag)."""
         if self._race is not None:
             self._race.interested(origin)
-        known = self._origins.get(origin.segment.id)
+        known = self._origins.get(_key(origin.segment))
         if known is not None:
             known.source, known.descriptor = origin.source, origin.descriptor
             return
         origin.link = self._links.setdefault(origin.source.name, origin.link)
-        self._origins[origin.segment.id] = origin
+        self._origins[_key(origin.segment)] = origin
 
-    def origin(self, segment: Digest) -> Origin | None:
+    def refuse(self, segment: Segment, error: P2pgzError) -> None:
+        """Let every further read of a segment fail: its index has turned out to be a lie."""
+        origin = self._origins.get(_key(segment))
+        if origin is not None:
+            origin.refused = error
+        for n in range(segment.table.chunk_count):
+            segment.presence.clear(n)
+
+    def origin(self, segment: Segment) -> Origin | None:
         """What is known about the source of a segment."""
-        return self._origins.get(segment)
+        return self._origins.get(_key(segment))
 
     def origins(self) -> Iterable[Origin]:
         """All of them."""
@@ -125,11 +133,13 @@ class ChunkFetcher:
             await flight.wait()
 
     def _start(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> list[Flight]:
-        origin = self._origins.get(segment.id)
+        origin = self._origins.get(_key(segment))
         if origin is None:
             raise ChunkMissing(
                 f"segment {segment.id}: no source is known for it", hint="mount its image by reference"
             )
+        if origin.refused is not None:
+            raise type(origin.refused)(origin.refused.what, hint=origin.refused.hint)
         deadline = trio.current_time() + self._read_deadline_seconds
         local = [n for n in chunks if n not in origin.flights and self._is_local(origin, n)]
         flights = []
@@ -175,7 +185,7 @@ class ChunkFetcher:
         return lane
 
     def _read_ahead(self, segment: Segment, first: int, count: int) -> None:
-        origin = self._origins.get(segment.id)
+        origin = self._origins.get(_key(segment))
         if origin is None or origin.streamed or not self._pool.keeps:
             return
         table = segment.table
@@ -203,7 +213,9 @@ class ChunkFetcher:
         """Bring chunks to life that the pool has somewhere; what turns out missing or damaged goes to the source."""
         segment = origin.segment
         for n in chunks:
-            flight = origin.flights[n]
+            flight = origin.flights.get(n)
+            if flight is None:
+                continue
             try:
                 found = await self._one_from_pool(segment, n)
             except P2pgzError as error:
@@ -212,6 +224,8 @@ class ChunkFetcher:
             except Exception:  # a bug or a dying disk must not strand the readers of these chunks
                 log.exception("pool.bug", chunk=n, segment=str(segment.id))
                 found = False
+            if origin.flights.get(n) is not flight:
+                continue  # a pass over the whole blob brought it meanwhile
             del origin.flights[n]
             if found:
                 self.trace.note(segment, flight, "pool")
@@ -237,6 +251,11 @@ class ChunkFetcher:
         if segment.recorded(n) and await self._pool.revive(segment, [n]):
             return True
         return await self._pool.copy_from(segment, n)
+
+
+def _key(segment: Segment) -> tuple[str, Digest]:
+    """One layer may be in several domains: their bytes, sources and peers have nothing to do with each other."""
+    return segment.domain, segment.id
 
 
 async def _follow(flight: Flight, successor: Flight) -> None:

@@ -94,7 +94,7 @@ async def _fetch_step(fetcher: ChunkFetcher, segment: Segment, absent: list[int]
 
 
 def _blob_order(fetcher: ChunkFetcher, segment: Segment) -> list[int]:
-    origin = fetcher.origin(segment.id)
+    origin = fetcher.origin(segment)
     return list(origin.order.chunk_at) if origin else list(range(segment.table.chunk_count))
 
 

@@ -2,7 +2,7 @@
 
 Run by the node if `peers.mdns` asks for it. The records are those of libp2p (`dnsaddr=` and a multiaddr with the peer id,
 the service's name a random string), under a service name of our own, so that only p2pgz nodes meet. zeroconf runs in threads
-of its own and blocks in all its calls: nothing of it is touched from the event loop. (libp2p's own mDNS calls it from the loop
+of its own and blocks in all its calls: the event loop touches nothing of it. (libp2p's own mDNS calls it from the loop
 and changes the host's peerstore from zeroconf's threads.) Who is found is only offered: it still has to be admitted.
 """
 

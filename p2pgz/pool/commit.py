@@ -98,7 +98,9 @@ class Committer:
             await self._some.wait()
             with trio.move_on_after(COMMIT_INTERVAL_SECONDS):
                 await self._full.wait()
-            self._some = trio.Event()  # only here: a flush that replaced it would leave this task waiting for the old one
+            self._some = (
+                trio.Event()
+            )  # only here: a flush that replaced it would leave this task waiting for the old one
             try:
                 await self.flush()
             except P2pgzError as error:
