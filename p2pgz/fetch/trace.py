@@ -1,4 +1,4 @@
-"""Where each chunk came from and how long it took: what `p2pgz why` tells. In memory, a few bytes a chunk, bounded."""
+"""Where each chunk came from and how long it took. In memory, a few bytes a chunk, bounded."""
 
 from __future__ import annotations
 
