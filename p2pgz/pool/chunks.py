@@ -140,13 +140,15 @@ class ChunkStore:
             left = [n for n in chunks if not segment.presence.has(n)]
             size = segment.bytes_of(left)
             await self._refuse_without_room(segment, size)
+            full: PoolFull | None = None
             try:
                 await self._store(segment, left, write)
-            except PoolFull:
-                if self.room is None or attempt == ROOM_ATTEMPTS or not await self.room.make(size):
-                    raise
-            else:
+            except PoolFull as error:
+                full = error
+            if full is None:
                 return
+            if self.room is None or attempt == ROOM_ATTEMPTS or not await self.room.make(size):
+                raise full
 
     async def _refuse_without_room(self, segment: Segment, size: int) -> None:
         room = self.room

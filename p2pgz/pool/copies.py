@@ -71,11 +71,14 @@ class ChunkCopies(ChunkStore):
                 return False
             if not (source.presence.has(m) or await self.revive(source, [m])):
                 continue
+            full: PoolFull | None = None
             try:
                 copied = await self._copy(source, m, segment, n)
-            except PoolFull:
+            except PoolFull as error:
+                full = error
+            if full is not None:
                 if not await self._copy_aside(source, m, segment, n):
-                    raise
+                    raise full
                 return True
             if copied:
                 self._counts["copied_chunks"] += 1
