@@ -23,6 +23,7 @@ from p2pgz.errors import ConfigError, P2pgzError, StateError
 from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
 from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
+from p2pgz.p2p.addresses import OwnAddresses
 from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials
@@ -51,7 +52,7 @@ class Peering:
         plane: ChunkPlane,
         discovery: Discovery,
         bootstrapper: Bootstrapper,
-        addresses: list[PeerAddress],
+        own: OwnAddresses,
         indexes: PlainIndexes,
     ) -> None:
         self.identity = identity
@@ -59,7 +60,7 @@ class Peering:
         self.discovery = discovery
         self.bootstrapper = bootstrapper
         self.peers = DiscoveringPeers(plane.exchange, discovery)
-        self.addresses = addresses
+        self.own = own
         """at which others reach us"""
         self.indexes = indexes
         self.dht: Dht | None = None
@@ -74,7 +75,7 @@ class Peering:
         """What `p2pgz status` says of the node's place in the swarm."""
         return {
             "peer_id": str(self.peer_id),
-            "addrs": [f"{address}/p2p/{self.peer_id}" for address in self.addresses],
+            "addrs": [f"{address}/p2p/{self.peer_id}" for address in self.own.current],
         }
 
     def dht_is(self, dht: Dht | None) -> None:
@@ -135,7 +136,10 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
     async with _open_plane(
         config, credentials, PoolOffers(pool, None, indexes), uploads, on_multistream
     ) as plane:
-        addresses = _own_addresses(config, plane, bootstrap)
+        own = OwnAddresses(
+            plane.addresses,
+            configured=[PeerAddress.parse(text, where="peers.announce") for text in config.announce],
+        )
         discovery = Discovery(plane.exchange, pool)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
@@ -149,10 +153,11 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
             dial=connect,
             connected=lambda: {connection.peer for connection in plane.exchange.connections()},
             known=discovery.connected,
-            is_own=lambda endpoint: any((a.host, a.port) == endpoint for a in addresses),
+            is_own=own.is_own,
+            on_addresses=own.bootstrap,
             remembered=await trio.to_thread.run_sync(RememberedPeers.load, state_path, time.time()),
         )
-        peering = Peering(identity, plane, discovery, bootstrapper, addresses, indexes)
+        peering = Peering(identity, plane, discovery, bootstrapper, own, indexes)
         early.append(peering)
         if admission.open:
             log.warning(
@@ -161,11 +166,14 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
                 effect="whoever reaches the port may join",
                 hint="peers.cluster_key_file admits only those who know the key",
             )
-        log.info("peers.ready", peer=str(identity.peer_id), addrs=[str(address) for address in addresses])
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(discovery.run)
             await nursery.start(peering.bootstrapper.run)
+            nursery.start_soon(own.run)
+            log.info(
+                "peers.ready", peer=str(identity.peer_id), addrs=[str(address) for address in own.current]
+            )
             if config.dht:
                 nursery.start_soon(_run_dht, peering, admission)
             else:
@@ -204,27 +212,20 @@ async def _open_plane(
             log.warning("peers.port_taken", port=port, reason=error.what, effect="another port is used")
 
 
-def _own_addresses(config: PeersConfig, plane: ChunkPlane, bootstrap: list[PeerAddress]) -> list[PeerAddress]:
-    if config.announce:
-        return [PeerAddress.parse(text, where="peers.announce") for text in config.announce]
-    host, port = plane.addresses[0]
-    if host not in {"0.0.0.0", "::"}:  # noqa: S104
-        return [PeerAddress.of_ip(host, port)]
-    return [PeerAddress.of_ip("127.0.0.1", port)]
-
-
 async def _run_dht(peering: Peering, admission: Admission) -> None:
     """The DHT, whose library is loaded in a thread."""
     try:
         dht_module = await trio.to_thread.run_sync(_load_dht)
         async with dht_module.open_dht(
             peering.identity,
-            announce=[str(address) for address in peering.addresses],
+            announce=[str(address) for address in peering.own.current],
             admission=admission,
             holdings=peering.discovery,
             bootstrap=peering.bootstrapper.contacts,
         ) as dht:
             peering.dht_is(dht)
+            dht.host.on_observed(peering.own.observed)
+            peering.own.on_change = lambda found: dht.host.announce([str(address) for address in found])
             await peering.discovery.use(dht)
     except P2pgzError as error:
         log.error("dht.failed", reason=str(error), effect="peers that are connected go on being asked")
