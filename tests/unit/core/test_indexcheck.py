@@ -39,6 +39,7 @@ def checked(index: PlainIndex, payloads: dict[bytes, bytes]) -> PlainIndex:
     check = IndexCheck(from_bytes(to_bytes(index)))
     for chunk in check.chunks:
         check.take(payloads[chunk.digest])
+    assert check.taken == len(check.chunks)
     return check.finish()
 
 

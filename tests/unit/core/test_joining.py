@@ -269,3 +269,18 @@ def test_whatever_happens_every_entry_is_tried_within_half_a_minute(seed: int) -
             flying.append((now + rng.choice([0.01, 0.1, 3.0]), target))
         assert all(now - then < 30.0 for then in last.values()), (now, last)
         now += 0.1
+
+
+def test_offers_without_an_address_to_dial_are_no_offers() -> None:
+    state = joining()
+    state.offer(peer(1), [PeerAddress("dns", "seed.example.org", 4001), PeerAddress("ip4", "192.0.2.1", 0)])
+    state.offer(peer(2), [address(n) for n in range(10, 60)])
+    assert hosts(state.decide(0.0, [])) <= set(range(10, 60))
+
+
+def test_peer_that_was_reached_before_is_still_the_same() -> None:
+    state = joining(address(1))
+    (target,) = state.decide(0.0, []).dials
+    state.dialled(target, peer(1), 1.0)
+    state.dialled(target, peer(1), 9.0)
+    assert target.since == 1.0

@@ -100,3 +100,8 @@ def test_random_text_parses_or_raises_the_named_error(text: str) -> None:
         PeerAddress.parse(text)
     except ConfigError:
         return
+
+
+def test_number_with_a_byte_too_many_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a multiaddr"):
+        PeerAddress.from_bytes(b"\x84\x00" + PeerAddress.of_ip("192.0.2.1", 4001).to_bytes()[1:])

@@ -136,3 +136,9 @@ def test_each_image_of_each_repository_has_a_domain_of_its_own() -> None:
     assert len(domains) == 6
     assert "shared" not in domains
     assert not any("r/a" in domain for domain in domains)
+
+
+def test_nonce_of_another_length_is_refused() -> None:
+    ends = {"own": PeerId.of_ed25519(bytes(32)), "peer": PeerId.of_ed25519(b"\1" * 32)}
+    with pytest.raises(ValueError, match="a nonce has"):
+        Proofs(own_nonce=b"short", peer_nonce=bytes(32), **ends)
