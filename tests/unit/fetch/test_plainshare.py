@@ -565,7 +565,11 @@ async def test_trusted_maker_that_lies_is_found_out_and_not_read_any_more(
         opened = await victim.open(layer)
         assert opened.toc.entries != index.toc.entries  # that is what trust means
         await victim.read(opened)
-        await settled(lambda: victim.indexes.is_lie(opened.segment.id))
+        # known to be a lie, then refused: the second is what readers meet
+        origin = victim.fetcher.origin(opened.segment)
+        assert origin is not None
+        await settled(lambda: origin.refused is not None)
+        assert victim.indexes.is_lie(opened.segment.id)
         with pytest.raises(ImageInvalid, match="is a lie"):
             await victim.read(opened, [0])
         again = await victim.open(layer)
