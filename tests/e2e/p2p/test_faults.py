@@ -26,6 +26,8 @@ from p2pgz.errors import ChunkCorrupt, P2pgzError, SourceUnavailable
 from p2pgz.testing.conformance_pool import check_content
 from p2pgz.testing.peers import FAULTS, Peer, open_peer, peer_layer
 
+pytestmark = pytest.mark.slow
+
 SEED = 7
 # a peer that stalls is given up after 3 s, looked at every half second; the rest is this machine's slowness
 STALL_NOTICED_SECONDS = 8.0

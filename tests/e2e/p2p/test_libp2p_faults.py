@@ -23,6 +23,7 @@ from p2pgz.p2p.host import IDLE_SECONDS
 from p2pgz.p2p.identity import Identity
 from p2pgz.testing.dht import contact_of, listening_dht
 
+pytestmark = pytest.mark.slow
 KEY = Digest.of(b"something").multihash
 
 
