@@ -144,6 +144,8 @@ def type_name(kind: Any) -> str:
         msgspec.inspect.FloatType: "number",
         msgspec.inspect.ListType: "list",
     }
+    if isinstance(inner, msgspec.inspect.UnionType):
+        return " or ".join(names.get(type(item), "table") for item in inner.types)
     name = names.get(type(inner), "table")
     if (least := getattr(inner, "ge", None)) is not None:
         return f"{name} ≥ {least}"

@@ -14,9 +14,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from p2pgz.core.size import parse_amount
 from p2pgz.errors import ConfigError
 
 CONFIG_VERSION = 1
+FLOOR_AUTO = "auto"
+FLOOR_AUTO_SHARE, FLOOR_AUTO_MAX_BYTES = 0.05, 1 << 30
 ENVIRONMENT_PREFIX = "P2PGZ_"
 # environment variables with this prefix that are not configuration keys (click's completion and our process plumbing)
 ENVIRONMENT_OTHERS = frozenset({"P2PGZ_STATE_DIR", "P2PGZ_CONFIG", "P2PGZ_RUN_DIR"})
@@ -39,6 +42,16 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     check_filesystem: bool = True
     """refuse state directories on NFS, Lustre, overlayfs and tmpfs"""
+    quota_bytes: int | str = 0
+    """most that the pool takes on the disk: a number of bytes, or a text like "200GB", "64GiB" or "80%" (of the file
+    system); 0: no limit"""
+    free_floor_bytes: int | str = "auto"
+    """the pool shrinks while less than this is free on its file system, written likewise; "auto": 5%, at most 1 GiB; 0:
+    never"""
+    scrub_interval_seconds: NonNegative = 604_800
+    """every chunk is read from the disk and checked this often, in idle time; 0: never"""
+    scrub_bytes_per_second: NonNegative = 8_000_000
+    """how fast that goes; 0: no limit"""
 
 
 class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -195,6 +208,15 @@ def load(
             f"{path or 'configuration'}: log.level = {config.log.level!r}",
             hint="one of debug, info, warning, error",
         )
+    for key in ("quota_bytes", "free_floor_bytes"):
+        value = getattr(config.pool, key)
+        try:
+            parse_amount(0 if (key, value) == ("free_floor_bytes", FLOOR_AUTO) else value)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path or 'configuration'}: pool.{key}: {error}",
+                hint='for example 200000000000, "200GB" or "80%"',
+            ) from None
     return Loaded(config, {key: origins.get(key, "default") for key in flatten(msgspec.to_builtins(config))})
 
 
@@ -270,7 +292,7 @@ def dump_default() -> str:
             continue
         lines += [f"# {(type(table).__doc__ or '').strip()}", f"[{field.name}]"]
         for key, doc in zip(msgspec.structs.fields(type(table)), _field_docs(type(table)), strict=True):
-            lines += [f"# {doc}"] if doc else []
+            lines += [f"# {' '.join(doc.split())}"] if doc else []
             lines.append(f"{key.name} = {_toml(getattr(table, key.name))}")
         lines.append("")
     lines += ["# Images to mount whenever the node starts, as often as needed:", "# [[mounts]]"]
@@ -330,6 +352,14 @@ def is_root() -> bool:
 def boot_id() -> str:
     """Names this boot of the machine: what was verified in another one is verified again."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def pool_limits(config: PoolConfig, total_bytes: int) -> tuple[int, int]:
+    """Quota and floor in bytes, on a file system of this size."""
+    floor = config.free_floor_bytes
+    if floor == FLOOR_AUTO:
+        floor = min(int(total_bytes * FLOOR_AUTO_SHARE), FLOOR_AUTO_MAX_BYTES)
+    return parse_amount(config.quota_bytes).of(total_bytes), parse_amount(floor).of(total_bytes)
 
 
 def prepare_directories(state_path: Path, run_path: Path) -> None:

@@ -26,7 +26,7 @@ COMMANDS = {
     "verify": ("files", "Check every byte of an image against its digest."),
     "convert": ("convert", "Make an image lazily mountable."),
     "status": ("status", "Show the node, its mounts and where bytes came from."),
-    "pool": ("status", "Show and keep this host's chunk pool."),
+    "pool": ("pool", "Show and keep this host's chunk pool."),
     "config": ("config", "Show, check or print the configuration."),
     "node": ("node", "Run the node daemon."),
     "upgrade": ("upgrade", "Go on as the installed version, keeping all mounts."),

@@ -1,4 +1,4 @@
-"""`p2pgz status` and `p2pgz pool`."""
+"""`p2pgz status`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def status(settings: Settings, /, as_json: bool) -> None:
         )
     if not document["mounts"]:
         click.echo("no mounts")
-    click.echo(f"pool: {human_bytes(pool['bytes'])} in {pool['chunks']} chunks")
+    full = "; FULL: nothing more is kept" if pool.get("state") == "full" else ""
+    click.echo(f"pool: {human_bytes(pool['bytes'])} in {pool['chunks']} chunks{full}")
     for source, counts in document["sources"].items():
         click.echo(
             f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts)
@@ -49,23 +50,3 @@ def _requests(counts: dict[str, Any]) -> str:
     if "requests" not in counts:
         return ""
     return f", {counts['requests']} requests, {human_bytes(counts['wire_bytes'])} received"
-
-
-@click.group()
-def pool() -> None:
-    """Show and keep this host's chunk pool."""
-
-
-@pool.command("stat")
-@json_option
-@click.pass_obj
-def stat(settings: Settings, /, as_json: bool) -> None:
-    """Show what the pool holds."""
-    document = running_node(settings).status()["pool"]
-    if as_json:
-        print_json(document)
-        return
-    click.echo(
-        f"{human_bytes(document['bytes'])} in {document['chunks']} chunks, {document['segments']} segments"
-    )
-    click.echo(f"in {document['path']}, {human_bytes(document['free_bytes'])} free on that file system")

@@ -29,15 +29,19 @@ from p2pgz.image.opened import OpenImage
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
 from p2pgz.node.peering import Peering
+from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.catalog import MountRecord, TagRecord
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.lazy import LazySource
 from p2pgz.registry.sources import Sources
 from p2pgz.web import unix
 from p2pgz.web.api import (
+    GcRequest,
     GetRequest,
     MountRequest,
     Progress,
+    ScrubRequest,
+    UnpinRequest,
     UpgradeRequest,
     VerifyRequest,
     WaitRequest,
@@ -64,6 +68,7 @@ class Node:
         mounts: Mounts,
         sources: Sources,
         peering: Peering | None,
+        upkeep: Upkeep,
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
@@ -73,6 +78,7 @@ class Node:
         self.mounts = mounts
         self._sources = sources
         self._peering = peering
+        self._upkeep = upkeep
         self._nursery = nursery
         self._platform = Platform.for_machine(os.uname().machine)
         self._started = time.monotonic()
@@ -115,6 +121,7 @@ class Node:
         space = os.statvfs(self._pool.directory)
         return {
             **dataclasses.asdict(self._pool.stats()),
+            **self._upkeep.status(),
             "path": str(self._pool.directory),
             "free_bytes": space.f_bavail * space.f_frsize,
         }
@@ -267,6 +274,26 @@ class Node:
                 return await verify_image(image, self._pool, self._fetcher, fetch=False, progress=progress)
             image = await self._open(request, progress)
             return await verify_image(image, self._pool, self._fetcher, fetch=True, progress=progress)
+
+    async def pool_gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]:
+        """Give back what the pool need not hold."""
+        async with self._in_use():
+            return await self._upkeep.gc(request, progress)
+
+    async def pool_scrub(self, request: ScrubRequest, progress: Progress) -> dict[str, Any]:
+        """Check every chunk on the disk and fetch what is wrong again."""
+        async with self._in_use():
+            return await self._upkeep.scrub(request, progress)
+
+    async def pool_pin(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
+        """Keep an image's chunks, those that are here and those that come."""
+        async with self._in_use():
+            return await self._upkeep.pin(await self._open(request, progress))
+
+    async def pool_unpin(self, request: UnpinRequest, progress: Progress) -> dict[str, Any]:
+        """Undo that."""
+        async with self._in_use():
+            return await self._upkeep.unpin(request)
 
     async def _open(self, request: MountRequest, progress: Progress) -> OpenImage:
         reference = parse_reference(request.reference)

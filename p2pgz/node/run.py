@@ -23,9 +23,11 @@ from p2pgz.mount.mounts import Mounts
 from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
+from p2pgz.mount.users import SegmentUsers
 from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
 from p2pgz.node.plainly import share_plain_layers
+from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
 from p2pgz.web import unix
@@ -81,7 +83,9 @@ async def open_node(
             erofs=erofs,
         )
         mounts = Mounts(servers, pool.catalog, fetcher, nursery, config.fetch, boot_id())
-        node = Node(config, pool, fetcher, opener, mounts, Sources(config.registry, stack), peering, nursery)
+        upkeep = Upkeep(config.pool, pool, fetcher, SegmentUsers(mounts, servers))
+        sources = Sources(config.registry, stack)
+        node = Node(config, pool, fetcher, opener, mounts, sources, peering, upkeep, nursery)
         await holder.take_from_systemd()
         recovered = trio.Event()
 
@@ -92,6 +96,7 @@ async def open_node(
         nursery.start_soon(recover)
         with trio.move_on_after(RECOVERY_WAIT_SECONDS):
             await recovered.wait()
+        upkeep.start(nursery)
         api, descriptors = (
             unix.listen(run_path / unix.API_SOCKET),
             unix.listen(run_path / unix.DESCRIPTOR_SOCKET),

@@ -143,9 +143,7 @@ class Evictor:
 
     def has_slack(self) -> bool:
         """Whether there is room for what nobody waits for: it must not push out what somebody read."""
-        return self._keeps and not excess_bytes(
-            self.used_bytes, self._quota_bytes, self._free_bytes, self._floor_bytes, started=True
-        )
+        return self._keeps and not self.above_low_water()
 
     def _wake_if_near(self) -> None:
         if excess_bytes(self.used_bytes, self._quota_bytes, 1, 0, started=self._started):
@@ -204,6 +202,12 @@ class Evictor:
     def _excess(self) -> int:
         return excess_bytes(
             self.used_bytes, self._quota_bytes, self._free_bytes, self._floor_bytes, started=self._started
+        )
+
+    def above_low_water(self) -> int:
+        """How much there is to evict before the pool has slack again; 0 without a limit, or far from it."""
+        return excess_bytes(
+            self.used_bytes, self._quota_bytes, self._free_bytes, self._floor_bytes, started=True
         )
 
     async def evict(self, need_bytes: int, *, grace_tenths: int = 0) -> int:

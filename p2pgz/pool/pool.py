@@ -13,10 +13,12 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import apsw
 import structlog
@@ -31,8 +33,9 @@ from p2pgz.pool.chunks import DISK_THREADS
 from p2pgz.pool.commit import Committer
 from p2pgz.pool.disk import Disk, locked, mark_as_cache, named, refuse_unfit_file_system
 from p2pgz.pool.index import Index
+from p2pgz.pool.presence import iterate_bits
 from p2pgz.pool.removal import ChunkRemoval
-from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta
+from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta, chunks_with_data
 from p2pgz.pool.shelf import Shelf
 
 __all__ = ["Pool", "PoolStats", "Segment", "SegmentMeta"]
@@ -161,6 +164,37 @@ class Pool(ChunkRemoval):
     def heat(self) -> list[tuple[int, str, bytes, int, float, int, int]]:
         """See `Index.heat`."""
         return self._index.heat()
+
+    def fact(self, name: str) -> Any:
+        """A value that was noted with `set_facts`, or None."""
+        return self._index.fact(name)
+
+    async def set_facts(self, facts: Mapping[str, str | float]) -> None:
+        """Note values for later runs."""
+        await self._index.write(
+            lambda connection: connection.executemany(
+                "INSERT OR REPLACE INTO facts(name, value) VALUES(?, ?)", list(facts.items())
+            )
+        )
+
+    async def remove_strays(self, acknowledge: Callable[[Segment], Awaitable[None]]) -> int:
+        """Give back what files hold that no chunk on record accounts for: writes that a crash kept from the
+        record. Returns the bytes of those chunks."""
+        freed = 0
+        for segment in self._shelf.opened():
+            if segment.native_served:
+                continue
+            found = await trio.to_thread.run_sync(chunks_with_data, segment.data_fd, segment.table)
+            strays = [
+                n
+                for n in iterate_bits(found)
+                if not (segment.presence.has(n) or segment.recorded(n) or segment.is_busy(n))
+            ]
+            # a page may belong to two chunks: what is all zeros was none, and costs nothing to take for one
+            if strays:
+                await self.remove_chunks(segment, strays, partial(acknowledge, segment))
+                freed += segment.bytes_of(strays)
+        return freed
 
     def lookup_files(self, domain: str, keys: Iterable[bytes]) -> dict[bytes, FileRef]:
         """Which of these contents (`core.content`) some segment of the domain holds completely, and where.

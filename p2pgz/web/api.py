@@ -84,6 +84,24 @@ class VerifyRequest(MountRequest, frozen=True, kw_only=True, forbid_unknown_fiel
     reference: str = ""
 
 
+class GcRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Give back what the pool need not hold; `all`: everything that is not pinned."""
+
+    all: bool = False
+
+
+class ScrubRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Check every chunk on the disk; no `bytes_per_second`: as configured, 0: no limit."""
+
+    bytes_per_second: int | None = None
+
+
+class UnpinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Let an image's chunks be evicted again; `reference` as it was pinned, or the manifest's digest."""
+
+    reference: str
+
+
 def recorded_request(document: MountDocument) -> MountRequest:
     """The request that a recorded mount was made with."""
     try:
@@ -118,6 +136,14 @@ class Control(Protocol):
 
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]: ...
 
+    async def pool_gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]: ...
+
+    async def pool_scrub(self, request: ScrubRequest, progress: Progress) -> dict[str, Any]: ...
+
+    async def pool_pin(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
+
+    async def pool_unpin(self, request: UnpinRequest, progress: Progress) -> dict[str, Any]: ...
+
 
 def error_event(error: P2pgzError) -> dict[str, Any]:
     """The last line of an answer that failed; `p2pgz.cli` turns it back into the error."""
@@ -145,6 +171,10 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/upgrade", partial(_events, control.upgrade, UpgradeRequest), methods=["POST"]),
             Route("/v1/files", partial(_events, control.list_files, MountRequest), methods=["POST"]),
             Route("/v1/verify", partial(_events, control.verify, VerifyRequest), methods=["POST"]),
+            Route("/v1/pool/gc", partial(_events, control.pool_gc, GcRequest), methods=["POST"]),
+            Route("/v1/pool/scrub", partial(_events, control.pool_scrub, ScrubRequest), methods=["POST"]),
+            Route("/v1/pool/pin", partial(_events, control.pool_pin, MountRequest), methods=["POST"]),
+            Route("/v1/pool/unpin", partial(_events, control.pool_unpin, UnpinRequest), methods=["POST"]),
             Route("/v1/content", partial(_bytes, control.read_file, MountRequest), methods=["POST"]),
             Route("/v1/chunks", partial(_bytes, control.read_digest, GetRequest), methods=["POST"]),
         ]

@@ -1,0 +1,126 @@
+"""Keeping the pool: within its limits, sound on the disk, and with what is pinned. Joins evictor, scrubber and mounts.
+
+Made by `node.run`; `Node` passes the commands of `p2pgz pool` on to it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Final
+
+import structlog
+import trio
+
+from p2pgz.config import PoolConfig, pool_limits
+from p2pgz.core.schedule import Priority
+from p2pgz.errors import ImageNotFound
+from p2pgz.fetch.service import ChunkFetcher
+from p2pgz.image.opened import OpenImage
+from p2pgz.pool.catalog import ImageRecord
+from p2pgz.pool.evictor import Evictor, Users
+from p2pgz.pool.pool import Pool, Segment
+from p2pgz.pool.scrub import IDLE_AFTER_SECONDS, Scrubber
+from p2pgz.web.api import GcRequest, Progress, ScrubRequest, UnpinRequest
+
+log = structlog.get_logger(component="node")
+
+EVERYTHING_BYTES: Final = 1 << 62
+
+
+class Upkeep:
+    """One per node. `start` starts its tasks."""
+
+    def __init__(self, config: PoolConfig, pool: Pool, fetcher: ChunkFetcher, users: Users) -> None:
+        self._config = config
+        self._pool = pool
+        self._fetcher = fetcher
+        space = os.statvfs(pool.directory)
+        quota_bytes, floor_bytes = pool_limits(config, space.f_blocks * space.f_frsize)
+        self.evictor = Evictor(pool, quota_bytes=quota_bytes, free_floor_bytes=floor_bytes, users=users)
+        self._scrubber = Scrubber(pool, self._refetch, is_busy=self._is_busy)
+        self._supplied = -1
+        self._supplied_at = 0.0
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Evict as needed, and scrub when there is nothing else to do."""
+        nursery.start_soon(self.evictor.run)
+        if self._config.scrub_interval_seconds:
+            nursery.start_soon(
+                self._scrubber.run, self._config.scrub_interval_seconds, self._config.scrub_bytes_per_second
+            )
+
+    async def _refetch(self, segment: Segment, chunks: list[int]) -> None:
+        await self._fetcher.ensure_chunks(segment, chunks, Priority.READ_AHEAD)
+
+    def _is_busy(self) -> bool:
+        """Whether somebody was given a chunk just now."""
+        counters = self._fetcher.counters
+        supplied = counters.pool_chunks + counters.peer_chunks + counters.registry_chunks
+        if supplied != self._supplied:
+            self._supplied, self._supplied_at = supplied, trio.current_time()
+        return trio.current_time() - self._supplied_at < IDLE_AFTER_SECONDS
+
+    def status(self) -> dict[str, Any]:
+        """What `pool` in the status document says of this."""
+        pins = self._pool.catalog.pins()
+        return {
+            **self.evictor.status(),
+            **self._scrubber.status(),
+            "pins": [{"ref": reference, "digest": str(digest)} for digest, reference in pins.items()],
+        }
+
+    async def gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]:
+        """Give back what the pool need not hold: files that nothing refers to, and what is above the low-water mark."""
+        before = self.evictor.used_bytes
+        await progress({"event": "progress", "text": "looking for files without an image"})
+        orphan_bytes = await self._pool.remove_orphans()
+        stray_bytes = 0
+        if self.evictor.users.may_punch():
+            stray_bytes = await self._pool.remove_strays(self.evictor.users.acknowledge)
+        await progress({"event": "progress", "text": "evicting"})
+        need = EVERYTHING_BYTES if request.all else self.evictor.above_low_water()
+        evicted_bytes = await self.evictor.evict(need) if need else 0
+        return {
+            "orphan_bytes": orphan_bytes,
+            "stray_bytes": stray_bytes,
+            "evicted_bytes": evicted_bytes,
+            "allocated_bytes_before": before,
+            "allocated_bytes": self.evictor.used_bytes,
+        }
+
+    async def scrub(self, request: ScrubRequest, progress: Progress) -> dict[str, Any]:
+        """Check every chunk on the disk and fetch what is wrong again."""
+        rate = request.bytes_per_second
+        return await self._scrubber.scrub(
+            self._config.scrub_bytes_per_second if rate is None else rate, progress
+        )
+
+    async def pin(self, image: OpenImage) -> dict[str, Any]:
+        """Keep the chunks of an image, whatever the quota says. Fetches nothing."""
+        now = time.time()
+        for domain in {segment.domain for segment in image.segments}:
+            await self._pool.catalog.put_image(
+                ImageRecord(
+                    manifest=image.digest,
+                    reference=image.reference,
+                    tree_path=str(image.tree_path),
+                    segments=tuple(segment.id for segment in image.segments if segment.domain == domain),
+                    created=now,
+                    domain=domain,
+                )
+            )
+        await self._pool.catalog.pin(image.digest, image.reference, now)
+        return {"reference": image.reference, "digest": str(image.digest), "bytes": image.chunk_bytes}
+
+    async def unpin(self, request: UnpinRequest) -> dict[str, Any]:
+        """Let it be evicted again."""
+        pins = self._pool.catalog.pins()
+        found = [digest for digest, ref in pins.items() if request.reference in (ref, str(digest))]
+        if not found:
+            raise ImageNotFound(
+                f"{request.reference}: not pinned", hint="`p2pgz pool stat` lists the pinned images"
+            )
+        for digest in found:
+            await self._pool.catalog.unpin(digest)
+        return {"unpinned": [str(digest) for digest in found]}
