@@ -40,41 +40,48 @@ GRAVE: Final = frozenset({Fault.CORRUPT, Fault.PROTOCOL, Fault.LIE})
 
 
 class Standing:
-    """The faults of peers."""
+    """The faults of peers. Bans and the waits after innocent failures are kept apart: neither lengthens the other."""
 
     def __init__(self) -> None:
         self.counts: Counter[Fault] = Counter()
-        self._until: dict[PeerId, tuple[float, float, int, bool]] = {}  # until, since, how often, grave
+        self._bans: dict[PeerId, tuple[float, float, int]] = {}  # until, since, how often
+        self._suspects: dict[PeerId, tuple[float, float, int, Fault]] = {}  # the same, and the last fault
 
     def fault(self, peer: PeerId, fault: Fault, now: float) -> float:
         """Note a fault; returns until when the peer is not asked."""
         self.counts[fault] += 1
-        grave = fault in GRAVE
-        _, since, times, was_grave = self._until.pop(peer, (0.0, now, 0, grave))
-        if now - since > BAN_MAX_SECONDS or grave != was_grave:
-            times = 0 if grave or not was_grave else times
-        grave = grave or was_grave
-        start, longest = (
-            (BAN_START_SECONDS, BAN_MAX_SECONDS) if grave else (SUSPECT_START_SECONDS, SUSPECT_MAX_SECONDS)
-        )
-        until = now + min(longest, start * 2.0 ** min(times, 30))
-        self._until[peer] = (until, now, times + 1, grave)
-        while len(self._until) > PEERS_MAX:
-            del self._until[next(iter(self._until))]
-        return until
+        if fault in GRAVE:
+            _, since, times = self._bans.pop(peer, (0.0, now, 0))
+            times = 0 if now - since > BAN_MAX_SECONDS else times
+            until = now + min(BAN_MAX_SECONDS, BAN_START_SECONDS * 2.0 ** min(times, 30))
+            self._bans[peer] = (until, now, times + 1)
+        else:
+            _, since, times, _ = self._suspects.pop(peer, (0.0, now, 0, fault))
+            times = 0 if now - since > BAN_MAX_SECONDS else times
+            until = now + min(SUSPECT_MAX_SECONDS, SUSPECT_START_SECONDS * 2.0 ** min(times, 30))
+            self._suspects[peer] = (until, now, times + 1, fault)
+        for known in (self._bans, self._suspects):
+            while len(known) > PEERS_MAX:
+                del known[next(iter(known))]
+        return max(until, self.out_until(peer, now))
 
     def good(self, peer: PeerId) -> None:
         """It answered well: what had innocent reasons is forgotten."""
-        entry = self._until.get(peer)
-        if entry is not None and not entry[3]:
-            del self._until[peer]
+        self._suspects.pop(peer, None)
+
+    def reached(self, peer: PeerId) -> None:
+        """It could be connected to: that it could not be before counts no more."""
+        if peer in self._suspects and self._suspects[peer][3] is Fault.LOST:
+            del self._suspects[peer]
 
     def out_until(self, peer: PeerId, now: float) -> float:
         """Until when the peer is not asked; 0 when it may be."""
-        entry = self._until.get(peer)
-        return entry[0] if entry is not None and entry[0] > now else 0.0
+        until = max(
+            self._bans[peer][0] if peer in self._bans else 0.0,
+            self._suspects[peer][0] if peer in self._suspects else 0.0,
+        )
+        return until if until > now else 0.0
 
     def banned(self, peer: PeerId, now: float) -> bool:
         """Whether it has lost its place by a grave fault: we do not serve it either."""
-        entry = self._until.get(peer)
-        return entry is not None and entry[3] and entry[0] > now
+        return peer in self._bans and self._bans[peer][0] > now

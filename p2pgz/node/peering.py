@@ -143,7 +143,7 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
         discovery = Discovery(plane.exchange, pool)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
-            connection = await plane.exchange.connect(host, port, expected=expected)
+            connection = await plane.exchange.connect(host, port, expected=expected, insist=True)
             discovery.learned(connection.peer, PeerAddress.of_ip(host, port))
             return connection.peer
 

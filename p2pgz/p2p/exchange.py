@@ -128,16 +128,19 @@ class Exchange:
             return
         self._nursery.start_soon(self._run, self._add(ends))
 
-    async def connect(self, host: str, port: int, *, expected: PeerId | None = None) -> Connection:
+    async def connect(
+        self, host: str, port: int, *, expected: PeerId | None = None, insist: bool = False
+    ) -> Connection:
         """An open connection to the peer there, a new one if need be; raises SourceUnavailable and its kin.
 
+        `insist`: the caller has its own pace; only a peer that is banned is not dialled.
         Many may ask at the same time: one dials.
         """
         while True:
             known = self.connection(expected) if expected is not None else None
             if known is not None:
                 return known
-            if expected is not None and self.standing.out_until(expected, trio.current_time()):
+            if expected is not None and self._is_out(expected, insist=insist):
                 raise SourceUnavailable(f"peer {expected} has lost its place for a while")
             other = self._dialling.get((host, port))
             if other is None or expected is None:
@@ -150,6 +153,10 @@ class Exchange:
             done.set()
             if self._dialling.get((host, port)) is done:
                 del self._dialling[host, port]
+
+    def _is_out(self, peer: PeerId, *, insist: bool) -> bool:
+        now = trio.current_time()
+        return self.standing.banned(peer, now) if insist else bool(self.standing.out_until(peer, now))
 
     async def _dial(self, host: str, port: int, expected: PeerId | None) -> Connection:
         raw: trio.SocketStream | None = None
@@ -177,6 +184,7 @@ class Exchange:
         if refusal is not None:
             await trio.aclose_forcefully(raw)
             raise SourceUnavailable(f"peer {ends.peer} is not connected to: {refusal.name.lower()}")
+        self.standing.reached(ends.peer)
         connection = self._add(ends)
         self._nursery.start_soon(self._run, connection)
         return connection

@@ -42,6 +42,10 @@ from p2pgz.p2p.tls import TlsStream
 _GOODBYE_SECONDS = 1.0
 
 
+class WrongPeer(SourceUnavailable):
+    """Somebody else answers at an address: neither of the two has done anything wrong."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
     """Who we are, whom we let in, and what we speak."""
@@ -119,7 +123,7 @@ async def dial(
         raise PeerFault("the peer showed no certificate")
     proven = certified_peer(certificate)
     if expected is not None and proven != expected:
-        raise PeerFault(
+        raise WrongPeer(
             f"peer {proven} answers where {expected} should be", hint="the address is out of date"
         )
     reader = FrameReader()

@@ -57,11 +57,33 @@ def test_a_day_without_a_fault_and_the_peer_is_as_good_as_new() -> None:
     assert standing.fault(A, Fault.CORRUPT, now) - now == BAN_START_SECONDS
 
 
+def test_an_innocent_failure_after_a_ban_costs_seconds() -> None:
+    """A peer that was bad once and is cut off later must be back as soon as others."""
+    standing = Standing()
+    until = standing.fault(A, Fault.CORRUPT, 0)
+    assert standing.fault(A, Fault.LOST, until + 400) == until + 401
+    assert not standing.banned(A, until + 400)
+
+
+def test_reaching_a_peer_forgives_that_it_could_not_be_reached_and_nothing_else() -> None:
+    standing = Standing()
+    standing.fault(A, Fault.LOST, 0)
+    standing.reached(A)
+    assert standing.out_until(A, 0) == 0
+    standing.reached(A)
+    standing.fault(A, Fault.SLOW, 0)
+    standing.reached(A)
+    assert standing.out_until(A, 0) == 1
+    standing.fault(A, Fault.CORRUPT, 0)
+    standing.reached(A)
+    assert standing.banned(A, 0)
+
+
 def test_many_identities_cost_bounded_memory() -> None:
     standing = Standing()
     for n in range(PEERS_MAX + 50):
         standing.fault(PeerId.of_ed25519(n.to_bytes(32, "big")), Fault.CORRUPT, float(n))
-    assert len(standing._until) == PEERS_MAX
+    assert len(standing._bans) == PEERS_MAX
 
 
 @given(st.binary(min_size=1, max_size=20), st.integers(50, 5000))

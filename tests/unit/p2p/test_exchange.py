@@ -38,7 +38,7 @@ from p2pgz.core.messages import (
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
 from p2pgz.core.wire import HEADER
-from p2pgz.errors import ImageInvalid, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.errors import ImageInvalid, P2pgzError, SourceUnavailable
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p import connection as connection_module
 from p2pgz.p2p import exchange as exchange_module
@@ -316,9 +316,12 @@ async def test_own_identity_on_another_host_is_refused(tmp_path: Path) -> None:
 
 async def test_another_peer_than_expected_is_not_connected_to(tmp_path: Path) -> None:
     async with open_peer(tmp_path / "a", LAYER) as a, open_peer(tmp_path / "b", LAYER, chunks=()) as b:
-        with pytest.raises(PeerFault, match="should be"):
-            await b.exchange.connect("127.0.0.1", a.port, expected=PeerId.of_ed25519(bytes(32)))
+        expected = PeerId.of_ed25519(bytes(32))
+        with pytest.raises(SourceUnavailable, match="should be"):
+            await b.exchange.connect("127.0.0.1", a.port, expected=expected)
         assert b.exchange.connections() == []
+        for innocent in (expected, a.id):
+            assert not b.exchange.standing.banned(innocent, trio.current_time())
 
 
 async def test_banned_peer_is_not_served(tmp_path: Path) -> None:
