@@ -101,8 +101,9 @@ def config_block() -> list[str]:
             lines += [*key_table(field.name, section), ""]
         elif isinstance(section, list) and (shape := item_struct(field.type)) is not None:
             lines += [f"### `[[{field.name}]]`", "", one_line(shape.__doc__), "", one_line(doc), ""]
-            rows = [(f"`{key.name}`", type_name(key.type)) for key in msgspec.structs.fields(shape)]
-            lines += [*table(("key", "type"), rows), ""]
+            keys = zip(msgspec.structs.fields(shape), config._field_docs(shape), strict=True)
+            rows = [(f"`{key.name}`", type_name(key.type), one_line(doc)) for key, doc in keys]
+            lines += [*table(("key", "type", "meaning"), rows), ""]
     return lines
 
 
@@ -146,6 +147,8 @@ def type_name(kind: Any) -> str:
     }
     if isinstance(inner, msgspec.inspect.UnionType):
         return " or ".join(names.get(type(item), "table") for item in inner.types)
+    if isinstance(inner, msgspec.inspect.LiteralType):
+        return " or ".join(config._toml(value) for value in inner.values)
     name = names.get(type(inner), "table")
     if (least := getattr(inner, "ge", None)) is not None:
         return f"{name} ≥ {least}"

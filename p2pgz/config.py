@@ -144,6 +144,15 @@ class MountAtStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["auto", "tree", "erofs"] = "auto"
 
 
+class SharingRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """With whom images of some repositories are shared. The first that matches counts; else all peers may have them."""
+
+    repository: str
+    """a glob over `registry/repository`; `*` also stands for slashes"""
+    mode: Literal["cluster", "proof", "none"]
+    """cluster: every admitted peer; proof: those that have the image's manifest; none: nobody"""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that can be configured."""
 
@@ -157,6 +166,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peers: PeersConfig = PeersConfig()
     mounts: list[MountAtStart] = []
     """images to mount when the node starts: `[[mounts]]` with `reference`, `directory` and, if need be, `mode`"""
+    sharing: list[SharingRule] = []
+    """who may have which images: `[[sharing]]` with `repository` (a glob, `*` is also for slashes) and `mode`"""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -296,7 +307,9 @@ def dump_default() -> str:
             lines.append(f"{key.name} = {_toml(getattr(table, key.name))}")
         lines.append("")
     lines += ["# Images to mount whenever the node starts, as often as needed:", "# [[mounts]]"]
-    lines += ['# reference = ""', '# directory = ""', '# mode = "auto"']
+    lines += ['# reference = ""', '# directory = ""', '# mode = "auto"', ""]
+    lines += ["# With whom images are shared; the first that matches counts, else every peer of the cluster:"]
+    lines += ["# [[sharing]]", '# repository = "registry.example/team/*"', '# mode = "proof"']
     return "\n".join([*lines, ""])
 
 

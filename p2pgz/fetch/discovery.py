@@ -17,6 +17,7 @@ from p2pgz.core.keyspace import Contact
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.errors import P2pgzError
+from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.segment import SHARED_DOMAIN
@@ -41,9 +42,10 @@ REACHED_MAX: Final = 64
 class Discovery:
     """Joins exchange, pool and DHT. `run` and `use` do the work; the other methods return at once."""
 
-    def __init__(self, exchange: Exchange, pool: Pool) -> None:
+    def __init__(self, exchange: Exchange, pool: Pool, shares: Shares) -> None:
         self._exchange = exchange
         self._pool = pool
+        self._shares = shares
         self._dht: Dht | None = None
         self._wanted: dict[bytes, float] = {}  # swarm -> when to look again
         self._wake = trio.Event()
@@ -77,11 +79,13 @@ class Discovery:
 
     def holds(self, digest: bytes) -> bool:
         """Whether this host has a chunk, TOC, manifest or config that is shared with everyone."""
-        name = Digest(digest)
-        segment = self._pool.segment(name)
-        if segment is not None:
-            return segment.presence.present_count() > 0
-        return name in self._documents or self._pool.find(SHARED_DOMAIN, digest) is not None
+        if self._shares.is_open_document(digest):
+            return True
+        place = self._pool.find(SHARED_DOMAIN, digest)
+        if place is not None:
+            return self._shares.is_open_segment(place[0].id.raw)
+        segment = self._pool.segment(Digest(digest)) if self._shares.is_open_segment(digest) else None
+        return segment is not None and segment.presence.present_count() > 0
 
     def holders(self, digest: bytes) -> list[Contact]:
         """Connected peers whose bitmaps show it."""
@@ -163,7 +167,7 @@ class Discovery:
         announcer = dht.announcer
         current: dict[Digest, bool] = {}
         for segment in self._pool.segments():
-            if segment.domain != SHARED_DOMAIN:
+            if segment.domain != SHARED_DOMAIN or not self._shares.is_open_segment(segment.id.raw):
                 continue
             present = segment.presence.present_count()
             if present:
@@ -179,7 +183,7 @@ class Discovery:
             announcer.withdraw(SHA256_MULTIHASH_PREFIX + digest.raw)
             announcer.drop(digest.raw)
         self._provided = current
-        for digest in self._documents:
+        for digest in {*self._documents, *self._shares.open_documents()}:
             if SHA256_MULTIHASH_PREFIX + digest.raw not in dht.kad.announced:
                 announcer.provide(SHA256_MULTIHASH_PREFIX + digest.raw)
 

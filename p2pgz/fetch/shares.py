@@ -237,6 +237,10 @@ class Shares:
         """The TOCs whose chunks every peer may have."""
         return [Digest(raw) for raw in self._open_segments]
 
+    def open_documents(self) -> list[Digest]:
+        """The TOCs, manifests and configs that every peer may have."""
+        return [Digest(raw) for raw in self._open_documents]
+
     def is_open_segment(self, segment: bytes) -> bool:
         """Whether every peer may have the chunks of this TOC."""
         return segment in self._open_segments

@@ -23,6 +23,7 @@ from p2pgz.errors import ConfigError, P2pgzError, StateError
 from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
 from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
+from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.addresses import OwnAddresses
 from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
@@ -120,7 +121,9 @@ def read_admission(config: PeersConfig) -> Admission:
 
 
 @asynccontextmanager
-async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> AsyncIterator[Peering]:
+async def open_peering(
+    config: PeersConfig, pool: Pool, state_path: Path, shares: Shares
+) -> AsyncIterator[Peering]:
     """Take part until the context ends; raises StateError when the port cannot be had, ConfigError for what is unusable."""
     identity = load_identity(state_path)
     admission = read_admission(config)
@@ -134,13 +137,13 @@ async def open_peering(config: PeersConfig, pool: Pool, state_path: Path) -> Asy
         await early[0].on_multistream(stream)
 
     async with _open_plane(
-        config, credentials, PoolOffers(pool, None, indexes), uploads, on_multistream
+        config, credentials, PoolOffers(pool, shares, indexes), uploads, on_multistream
     ) as plane:
         own = OwnAddresses(
             plane.addresses,
             configured=[PeerAddress.parse(text, where="peers.announce") for text in config.announce],
         )
-        discovery = Discovery(plane.exchange, pool)
+        discovery = Discovery(plane.exchange, pool, shares)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
             connection = await plane.exchange.connect(host, port, expected=expected, insist=True)

@@ -15,7 +15,9 @@ import structlog
 import trio
 
 from p2pgz.config import Config, boot_id, prepare_directories
+from p2pgz.core.sharing import Mode, Policy, Rule
 from p2pgz.fetch.service import ChunkFetcher
+from p2pgz.fetch.shares import Shares
 from p2pgz.image.open import TREES, ImageOpener
 from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient
@@ -50,9 +52,12 @@ async def open_node(
         pool = await stack.enter_async_context(
             Pool.open(state_path, boot_id=boot_id(), check_filesystem=config.pool.check_filesystem)
         )
+        policy = Policy(Rule(rule.repository, Mode(rule.mode)) for rule in config.sharing)
+        shares = Shares(policy, state_path)
+        await shares.load(pool)
         peering = None
         if takes_part(config.peers, ephemeral=ephemeral):
-            peering = await stack.enter_async_context(open_peering(config.peers, pool, state_path))
+            peering = await stack.enter_async_context(open_peering(config.peers, pool, state_path, shares))
         peers = peering.peers if peering is not None else None
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
@@ -71,7 +76,7 @@ async def open_node(
         plain = None
         if peering is not None:
             plain = share_plain_layers(config.peers, peering, pool, fetcher, state_path, nursery)
-        opener = ImageOpener(pool, fetcher, state_path, peers, plain=plain)
+        opener = ImageOpener(pool, fetcher, state_path, peers, shares=shares, plain=plain)
         segments = await stack.enter_async_context(SegmentClient.open(run_path))
         erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
         servers = Servers(

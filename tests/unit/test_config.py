@@ -33,6 +33,8 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
         ("version = 2\n", "version = 2"),
         ("[log]\nlevel = 'loud'\n", "log.level"),
         ("fetch = 1\n", "at `fetch`"),
+        ("[[sharing]]\nrepository = 'r/*'\nmode = 'all'\n", "at `sharing[0].mode`"),
+        ("[[sharing]]\nmode = 'none'\n", "at `sharing[0]`"),
         ("[fetch\n", "not TOML"),
     ],
 )
