@@ -31,26 +31,26 @@ class Settings:
     @property
     def state_path(self) -> Path:
         """The state directory that selects the node."""
-        from p2pgz import config
+        from p2pgz import directories
 
-        return config.state_dir(self.state_dir, os.environ, root=config.is_root())
+        return directories.state_dir(self.state_dir, os.environ, root=directories.is_root())
 
     @property
     def run_path(self) -> Path:
         """Where the node's sockets are."""
-        from p2pgz import config
+        from p2pgz import directories
 
-        return config.run_dir(self.state_dir, os.environ, root=config.is_root())
+        return directories.run_dir(self.state_dir, os.environ, root=directories.is_root())
 
     @property
     def config_path(self) -> Path:
         """The configuration file, whether it exists or not."""
-        from p2pgz import config
+        from p2pgz import directories
 
         return (
             Path(self.config_file)
             if self.config_file
-            else config.default_path(os.environ, root=config.is_root())
+            else directories.default_path(os.environ, root=directories.is_root())
         )
 
     def load(self, flags: dict[str, object] | None = None) -> Loaded:

@@ -14,8 +14,9 @@ from pathlib import Path
 import structlog
 import trio
 
-from p2pgz.config import Config, boot_id, prepare_directories
+from p2pgz.config import Config
 from p2pgz.core.sharing import Mode, Policy, Rule
+from p2pgz.directories import boot_id, prepare_directories
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Shares
 from p2pgz.image.open import TREES, ImageOpener

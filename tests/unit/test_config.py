@@ -7,7 +7,7 @@ import tomllib
 import msgspec
 import pytest
 
-from p2pgz import config
+from p2pgz import config, directories
 from p2pgz.errors import ConfigError
 
 
@@ -72,9 +72,9 @@ def test_the_printed_default_is_the_default_and_explains_every_key():
 
 def test_state_directory_selects_the_node_and_its_sockets(tmp_path):
     environment = {"HOME": "/home/u", "XDG_RUNTIME_DIR": "/run/user/1"}
-    assert str(config.state_dir(None, environment, root=False)) == "/home/u/.local/state/p2pgz"
-    assert str(config.run_dir(None, environment, root=False)) == "/run/user/1/p2pgz"
-    assert str(config.state_dir(None, {}, root=True)) == "/var/lib/p2pgz"
-    assert str(config.run_dir(None, {}, root=True)) == "/run/p2pgz"
-    assert config.run_dir(str(tmp_path), environment, root=True) == tmp_path
-    assert config.run_dir(None, {"P2PGZ_STATE_DIR": str(tmp_path)}, root=True) == tmp_path
+    assert str(directories.state_dir(None, environment, root=False)) == "/home/u/.local/state/p2pgz"
+    assert str(directories.run_dir(None, environment, root=False)) == "/run/user/1/p2pgz"
+    assert str(directories.state_dir(None, {}, root=True)) == "/var/lib/p2pgz"
+    assert str(directories.run_dir(None, {}, root=True)) == "/run/p2pgz"
+    assert directories.run_dir(str(tmp_path), environment, root=True) == tmp_path
+    assert directories.run_dir(None, {"P2PGZ_STATE_DIR": str(tmp_path)}, root=True) == tmp_path
