@@ -7,14 +7,11 @@ frames of a 4-byte length and bytes, an empty frame, then the same last line.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
@@ -23,22 +20,16 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope
-from starlette.types import Send as ASGISend
 
-from p2pgz.errors import ConfigError, P2pgzError
 from p2pgz.mount.records import MountDocument
+from p2pgz.web.streaming import Progress, error_event, events, frames
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-log = structlog.get_logger(component="control")
-
-REQUEST_MAX_BYTES = 1 << 20
-
-Progress = Callable[[dict[str, Any]], Awaitable[None]]
+__all__ = ["Control", "Progress", "create_app", "error_event", "handler"]
 
 
 class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,17 +136,6 @@ class Control(Protocol):
     async def pool_unpin(self, request: UnpinRequest, progress: Progress) -> dict[str, Any]: ...
 
 
-def error_event(error: P2pgzError) -> dict[str, Any]:
-    """The last line of an answer that failed; `p2pgz.cli` turns it back into the error."""
-    return {
-        "event": "error",
-        "type": type(error).__name__,
-        "message": error.what,
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-    }
-
-
 def create_app(control: Control) -> Starlette:
     """The routes."""
 
@@ -166,123 +146,19 @@ def create_app(control: Control) -> Starlette:
     return Starlette(
         routes=[
             Route("/v1/status", status),
-            Route("/v1/mounts", partial(_events, control.mount, MountRequest), methods=["POST"]),
-            Route("/v1/mounts/wait", partial(_events, control.wait_mount, WaitRequest), methods=["POST"]),
-            Route("/v1/upgrade", partial(_events, control.upgrade, UpgradeRequest), methods=["POST"]),
-            Route("/v1/files", partial(_events, control.list_files, MountRequest), methods=["POST"]),
-            Route("/v1/verify", partial(_events, control.verify, VerifyRequest), methods=["POST"]),
-            Route("/v1/pool/gc", partial(_events, control.pool_gc, GcRequest), methods=["POST"]),
-            Route("/v1/pool/scrub", partial(_events, control.pool_scrub, ScrubRequest), methods=["POST"]),
-            Route("/v1/pool/pin", partial(_events, control.pool_pin, MountRequest), methods=["POST"]),
-            Route("/v1/pool/unpin", partial(_events, control.pool_unpin, UnpinRequest), methods=["POST"]),
-            Route("/v1/content", partial(_bytes, control.read_file, MountRequest), methods=["POST"]),
-            Route("/v1/chunks", partial(_bytes, control.read_digest, GetRequest), methods=["POST"]),
+            Route("/v1/mounts", partial(events, control.mount, MountRequest), methods=["POST"]),
+            Route("/v1/mounts/wait", partial(events, control.wait_mount, WaitRequest), methods=["POST"]),
+            Route("/v1/upgrade", partial(events, control.upgrade, UpgradeRequest), methods=["POST"]),
+            Route("/v1/files", partial(events, control.list_files, MountRequest), methods=["POST"]),
+            Route("/v1/verify", partial(events, control.verify, VerifyRequest), methods=["POST"]),
+            Route("/v1/pool/gc", partial(events, control.pool_gc, GcRequest), methods=["POST"]),
+            Route("/v1/pool/scrub", partial(events, control.pool_scrub, ScrubRequest), methods=["POST"]),
+            Route("/v1/pool/pin", partial(events, control.pool_pin, MountRequest), methods=["POST"]),
+            Route("/v1/pool/unpin", partial(events, control.pool_unpin, UnpinRequest), methods=["POST"]),
+            Route("/v1/content", partial(frames, control.read_file, MountRequest), methods=["POST"]),
+            Route("/v1/chunks", partial(frames, control.read_digest, GetRequest), methods=["POST"]),
         ]
     )
-
-
-async def _parse(request: Request, shape: type[Any]) -> Any:
-    """The request's value, or the error it is answered with. Read whole here: later only the disconnect is listened for."""
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > REQUEST_MAX_BYTES:
-            return ConfigError("the request is too large")
-    try:
-        # not msgspec's own reader: names that are not UTF-8 come as escaped lone surrogates, which it refuses
-        return msgspec.convert(json.loads(body), type=shape)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        return ConfigError(
-            f"the request is not understood: {error}", hint="client and node differ in version?"
-        )
-
-
-def _value(parsed: Any) -> Any:
-    if isinstance(parsed, P2pgzError):
-        raise parsed
-    return parsed
-
-
-def _line(event: dict[str, Any]) -> bytes:
-    """One line of JSON, pure ASCII: names in images need not be UTF-8, and survive as escaped surrogates."""
-    return json.dumps(event).encode() + b"\n"
-
-
-class _Streamed(Response):
-    """An answer that a coroutine writes while it works; it is cancelled when the client goes away."""
-
-    def __init__(
-        self, media_type: str, write: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
-    ) -> None:
-        super().__init__(media_type=media_type)
-        self._write = write
-        del self.headers["content-length"]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-
-        async def body(data: bytes) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-
-        async def watch(cancel: trio.CancelScope) -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            cancel.cancel()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch, nursery.cancel_scope)
-            await self._write(body)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            nursery.cancel_scope.cancel()
-
-
-async def _outcome(work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-    """The last line of an answer, whatever happened; a bug is reported and the node lives on."""
-    try:
-        return {"event": "result", **await work()}
-    except P2pgzError as error:
-        return error_event(error)
-    except Exception as error:  # see above
-        log.exception("control.bug")
-        return error_event(
-            P2pgzError(f"internal error of the node: {error!r}", hint="its log has the details")
-        )
-
-
-async def _events(
-    call: Callable[[Any, Progress], Awaitable[dict[str, Any]]], shape: type[Any], request: Request
-) -> Response:
-    parsed = await _parse(request, shape)
-
-    async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
-        async def event(value: dict[str, Any]) -> None:
-            await body(_line(value))
-
-        async def work() -> dict[str, Any]:
-            return await call(_value(parsed), event)
-
-        await event(await _outcome(work))
-
-    return _Streamed("application/x-ndjson", write)
-
-
-async def _bytes(
-    call: Callable[[Any], AsyncIterator[Buffer]], shape: type[Any], request: Request
-) -> Response:
-    parsed = await _parse(request, shape)
-
-    async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
-        async def work() -> dict[str, Any]:
-            async for piece in call(_value(parsed)):
-                data = bytes(piece)
-                if data:
-                    await body(struct.pack(">I", len(data)) + data)
-            return {}
-
-        last = await _outcome(work)
-        await body(struct.pack(">I", 0) + _line(last))
-
-    return _Streamed("application/octet-stream", write)
 
 
 class _Connection(TCPServer):
