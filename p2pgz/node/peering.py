@@ -27,7 +27,7 @@ from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.addresses import OwnAddresses
 from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
-from p2pgz.p2p.handshake import Credentials
+from p2pgz.p2p.handshake import Credentials, Ourselves
 from p2pgz.p2p.identity import Identity, load_identity
 from p2pgz.p2p.plane import ChunkPlane, open_plane
 from p2pgz.p2p.remembered import RememberedPeers
@@ -146,7 +146,12 @@ async def open_peering(
         discovery = Discovery(plane.exchange, pool, shares)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
-            connection = await plane.exchange.connect(host, port, expected=expected, insist=True)
+            try:
+                connection = await plane.exchange.connect(host, port, expected=expected, insist=True)
+            except Ourselves as error:
+                if error.twin:
+                    raise
+                return identity.peer_id  # a name that stands for all hosts stands for this one, too
             discovery.learned(connection.peer, PeerAddress.of_ip(host, port))
             return connection.peer
 

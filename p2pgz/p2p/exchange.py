@@ -24,7 +24,8 @@ from p2pgz.core.ports import Holder, Landed, PeerAnswer
 from p2pgz.core.standing import Fault, Standing
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
 from p2pgz.p2p.connection import Connection
-from p2pgz.p2p.handshake import Credentials, Handshaken, accept, dial, say_goodbye
+from p2pgz.p2p.dialling import Dialler
+from p2pgz.p2p.handshake import Credentials, Handshaken, accept, say_goodbye
 from p2pgz.p2p.offers import Offers, WantedChunks
 from p2pgz.p2p.uploads import Uploads
 
@@ -34,8 +35,6 @@ log = structlog.get_logger(component="peers")
 CONNECTIONS_MAX: Final = 128
 # both ends may dial at once, and a restarted peer comes before we notice that it was gone
 PER_PEER_MAX: Final = 4
-# TCP, TLS and HELLO: three round trips and 5 ms of CPU; a peer that needs longer is no help to a read
-DIAL_SECONDS: Final = 3.0
 ACCEPT_SECONDS: Final = 10.0
 HANDSHAKES_MAX: Final = 64
 # A document is small or rare: three peers at a time find one quickly and cost little when none has it
@@ -60,9 +59,9 @@ class Exchange:
         self._connections: dict[PeerId, list[Connection]] = {}
         self._followed: dict[bytes, int] = {}
         self._secrets: dict[bytes, bytes] = {}
-        self._dialling: dict[tuple[str, int], trio.Event] = {}
         self._handshakes = 0
         self.standing = Standing()
+        self.dialler = Dialler(credentials, self.standing, nursery, self.connection, self._adopt)
         self.chunks = self.bytes = 0
 
     @classmethod
@@ -131,58 +130,13 @@ class Exchange:
     async def connect(
         self, host: str, port: int, *, expected: PeerId | None = None, insist: bool = False
     ) -> Connection:
-        """An open connection to the peer there, a new one if need be; raises SourceUnavailable and its kin.
+        """An open connection to the peer there; see `Dialler.connect`."""
+        return await self.dialler.connect(host, port, expected=expected, insist=insist)
 
-        `insist`: the caller has its own pace; only a peer that is banned is not dialled.
-        Many may ask at the same time: one dials.
-        """
-        while True:
-            known = self.connection(expected) if expected is not None else None
-            if known is not None:
-                return known
-            if expected is not None and self._is_out(expected, insist=insist):
-                raise SourceUnavailable(f"peer {expected} has lost its place for a while")
-            other = self._dialling.get((host, port))
-            if other is None or expected is None:
-                break
-            await other.wait()
-        done = self._dialling[host, port] = trio.Event()
-        try:
-            return await self._dial(host, port, expected)
-        finally:
-            done.set()
-            if self._dialling.get((host, port)) is done:
-                del self._dialling[host, port]
-
-    def _is_out(self, peer: PeerId, *, insist: bool) -> bool:
-        now = trio.current_time()
-        return self.standing.banned(peer, now) if insist else bool(self.standing.out_until(peer, now))
-
-    async def _dial(self, host: str, port: int, expected: PeerId | None) -> Connection:
-        raw: trio.SocketStream | None = None
-        try:
-            with trio.fail_after(DIAL_SECONDS):
-                raw = await trio.open_tcp_stream(host, port)
-                ends = await dial(raw, self._credentials, expected=expected)
-        except (OSError, trio.BrokenResourceError, trio.TooSlowError, P2pgzError) as error:
-            if raw is not None:
-                await trio.aclose_forcefully(raw)
-            if expected is not None:
-                fault = Fault.PROTOCOL if type(error) is PeerFault else Fault.LOST
-                self.standing.fault(expected, fault, trio.current_time())
-            if isinstance(error, P2pgzError):
-                raise
-            why = (
-                f"no answer within {DIAL_SECONDS:g} s" if isinstance(error, trio.TooSlowError) else str(error)
-            )
-            raise SourceUnavailable(f"peer at {host}:{port}: {why}") from error
-        except BaseException:
-            if raw is not None:
-                await trio.aclose_forcefully(raw)
-            raise
+    def _adopt(self, ends: Handshaken) -> Connection:
+        """Take over a connection that was dialled; the caller closes it when it is refused."""
         refusal = self._refusal(ends.peer)
         if refusal is not None:
-            await trio.aclose_forcefully(raw)
             raise SourceUnavailable(f"peer {ends.peer} is not connected to: {refusal.name.lower()}")
         self.standing.reached(ends.peer)
         connection = self._add(ends)
@@ -291,6 +245,7 @@ class Exchange:
             await landed(good)
 
         answer = await connection.fetch(swarm, table, chunks, priority=priority, landed=counted)
+        self.dialler.hint(answer.alternatives)
         if not answer.missing and not answer.busy:
             self.standing.good(peer)
         return answer

@@ -12,7 +12,7 @@ import secrets
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -46,6 +46,24 @@ class WrongPeer(SourceUnavailable):
     """Somebody else answers at an address: neither of the two has done anything wrong."""
 
 
+class Unproven(SourceUnavailable):
+    """What answers at an address spoke out of turn before it had proven who it is: nobody can be blamed."""
+
+
+class Ourselves(SourceUnavailable):
+    """Our own identity answers at an address. `twin`: not this process, so the identity is on two hosts."""
+
+    def __init__(self, *, twin: bool) -> None:
+        if twin:
+            super().__init__(
+                "another node with our identity answers here",
+                hint="identities must not be copied between hosts: remove identity.key on one of them",
+            )
+        else:
+            super().__init__("this is our own address")
+        self.twin = twin
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
     """Who we are, whom we let in, and what we speak."""
@@ -56,6 +74,8 @@ class Credentials:
     dialling: ssl.SSLContext
     features: Feature = FEATURES
     versions: tuple[int, int] = (LOWEST_VERSION, HIGHEST_VERSION)
+    nonces: set[bytes] = field(default_factory=set)
+    """those of the handshakes that we are accepting now: whoever shows us one of them is this process"""
 
     @classmethod
     def make(cls, identity: Identity, admission: Admission, features: Feature = FEATURES) -> Credentials:
@@ -93,9 +113,13 @@ async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken
     stream = TlsStream(raw, credentials.accepting, accepting=True)
     await _tls(stream)
     ours = credentials.hello(secrets.token_bytes(NONCE_BYTES))
-    await stream.send_all(encode(ours))
     reader = FrameReader()
-    theirs, frames = await _receive_hello(stream, reader)
+    credentials.nonces.add(ours.nonce)
+    try:
+        await stream.send_all(encode(ours))
+        theirs, frames = await _receive_hello(stream, reader)
+    finally:
+        credentials.nonces.discard(ours.nonce)
     async with _telling(stream):
         agreement = agree(ours, theirs)
         peer = check_dialling(
@@ -115,13 +139,19 @@ async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken
 async def dial(
     raw: trio.SocketStream, credentials: Credentials, *, expected: PeerId | None = None
 ) -> Handshaken:
-    """The dialling end. With `expected`, any other peer is refused before it learns anything of us."""
+    """The dialling end. With `expected`, any other peer is refused before it learns anything of us.
+
+    Raises Unproven, WrongPeer and Ourselves for what is no fault of the expected peer's.
+    """
     stream = TlsStream(raw, credentials.dialling, accepting=False)
-    await _tls(stream)
-    certificate = stream.certificate
-    if certificate is None:
-        raise PeerFault("the peer showed no certificate")
-    proven = certified_peer(certificate)
+    try:
+        await _tls(stream)
+        certificate = stream.certificate
+        if certificate is None:
+            raise PeerFault("the peer showed no certificate")
+        proven = certified_peer(certificate)
+    except PeerFault as error:
+        raise Unproven(error.what, hint=error.hint) from error
     if expected is not None and proven != expected:
         raise WrongPeer(
             f"peer {proven} answers where {expected} should be", hint="the address is out of date"
@@ -129,6 +159,8 @@ async def dial(
     reader = FrameReader()
     theirs, frames = await _receive_hello(stream, reader)
     own = credentials.identity
+    if proven == own.peer_id:
+        raise Ourselves(twin=theirs.nonce not in credentials.nonces)
     signature = own.sign(statement(proven, theirs.nonce, own.peer_id))
     ours = credentials.hello(secrets.token_bytes(NONCE_BYTES), signature)
     async with _telling(stream):

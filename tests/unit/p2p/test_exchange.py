@@ -41,6 +41,7 @@ from p2pgz.core.wire import HEADER
 from p2pgz.errors import ImageInvalid, P2pgzError, SourceUnavailable
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p import connection as connection_module
+from p2pgz.p2p import dialling as dialling_module
 from p2pgz.p2p import exchange as exchange_module
 from p2pgz.p2p.handshake import Credentials, Handshaken, dial
 from p2pgz.p2p.identity import Identity
@@ -349,7 +350,7 @@ async def test_many_callers_dial_once(tmp_path: Path) -> None:
 async def test_dead_and_silent_addresses_fail_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange_module, "DIAL_SECONDS", 0.3)
+    monkeypatch.setattr(dialling_module, "DIAL_SECONDS", 0.3)
     async with open_peer(tmp_path / "b", LAYER, chunks=()) as b:
         (silent,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         async with silent:
