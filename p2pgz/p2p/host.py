@@ -22,6 +22,7 @@ from multiaddr import Multiaddr
 from p2pgz.core.keyspace import Contact
 from p2pgz.errors import P2pgzError, SourceUnavailable
 from p2pgz.p2p.addresses import dialable
+from p2pgz.p2p.libp2p_opening import StreamOpener
 from p2pgz.p2p.libp2p_parts import announce_at, make_host, quieten
 from p2pgz.p2p.libp2p_streams import (
     MessageReader,
@@ -67,6 +68,7 @@ class PeerHost:
         self._host = host
         self.announce(announce)
         self._nursery = nursery
+        self._opener = StreamOpener(host, nursery)
         self._dials: dict[bytes, trio.Event] = {}
         self._used: dict[bytes, float] = {}
         self._contacts: dict[bytes, Contact] = {}
@@ -225,15 +227,13 @@ class PeerHost:
         await self._connect(contact)
         self._used[contact.peer] = trio.current_time()
         try:
-            return await self._host.new_stream(peer, [protocol])
-        except (
-            SwarmException
-        ):  # the connection is dead and the library does not know it: once more on a new one
+            return await self._opener.open(peer, protocol)
+        except SwarmException:  # the connection is dead and the library does not know it: again on a new one
             for connection in self._live(peer):
                 self._host.get_network().remove_conn(connection)
                 self._nursery.start_soon(close_connection, connection)
             await self._connect(contact)
-            return await self._host.new_stream(peer, [protocol])
+            return await self._opener.open(peer, protocol)
 
     async def _connect(self, contact: Contact) -> None:
         """One dial per peer at a time, whoever wants it."""

@@ -85,6 +85,39 @@ async def test_connection_survives_a_storm_of_cancelled_requests() -> None:
 
 
 @pytest.mark.trio
+async def test_stream_whose_negotiation_outlasts_the_caller_is_not_left_in_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("p2pgz.p2p.host.CALL_SECONDS", 0.2)
+    async with listening_dht() as one, listening_dht() as other:
+        one.host.serve("/echo", echo)
+        await linked(one, other)
+        (connection,) = other.host._host.get_network().get_connections()
+        opener, client = other.host._opener, other.host._host.multiselect_client
+        go, negotiate = trio.Event(), client.select_one_of
+
+        async def late(*arguments: Any) -> Any:
+            await go.wait()
+            return await negotiate(*arguments)
+
+        client.select_one_of = late
+        for _ in range(3):
+            with pytest.raises(SourceUnavailable):
+                await other.host.ask(contact_of(one), "/echo", b"hello")
+        assert opener.running >= 3  # the DHT itself may be asking, too
+        monkeypatch.setattr("p2pgz.p2p.libp2p_opening.NEGOTIATIONS_MAX", 3)
+        with pytest.raises(SourceUnavailable, match="being opened"):
+            await other.host.ask(contact_of(one), "/echo", b"hello")
+        go.set()
+        with trio.fail_after(10):
+            while opener.running or connection.get_streams():
+                await trio.sleep(0.01)
+        client.select_one_of = negotiate
+        monkeypatch.setattr("p2pgz.p2p.host.CALL_SECONDS", 10.0)
+        assert await other.host.ask(contact_of(one), "/echo", b"still here") == b"still here"
+
+
+@pytest.mark.trio
 async def test_connection_whose_closing_was_cancelled_does_not_make_the_peer_unreachable() -> None:
     async with listening_dht() as one, listening_dht() as other:
         await linked(one, other)
