@@ -24,6 +24,8 @@ class Priority(IntEnum):
 # A hole of unwanted bytes up to this size is cheaper to transfer than a further request: about 2.5 ms at 100 Mbit/s, less
 # than any round trip outside a rack.
 GAP_BYTES: Final = 32 << 10
+# The start-up list has been made into groups already (`startplan`): only padding between members is bridged
+SEAM_BYTES: Final = 4 << 10
 # The neighbourhood of a blocked read starts at 256 KiB (20 ms at 100 Mbit/s: one round trip to a region's registry) and
 # follows the measured rate x delay within these bounds. Above 512 KiB the bytes cost more than the requests saved.
 WINDOW_START_BYTES: Final = 256 << 10
@@ -106,14 +108,16 @@ def choose(
     """The chunks to fetch with one request that starts at chunk `seed`, in blob order.
 
     Forward of the seed come chunks that somebody wants, and absent ones inside `window_bytes` (0: none), until a hole
-    of more than GAP_BYTES, or the request's limit for this class. A chunk that shares the seed's member comes for free.
+    of more than GAP_BYTES (SEAM_BYTES for the start-up list), or the request's limit for this class. A chunk that shares
+    the seed's member comes for free.
     """
     start, end = blob_offset[seed], blob_end[seed]
+    gap_bytes = SEAM_BYTES if priority is Priority.START_UP else GAP_BYTES
     limit = start + REQUEST_MAX_BYTES[priority]
     chosen = [seed]
     for rank in range(order.rank_of[seed] + 1, len(order.chunk_at)):
         n = order.chunk_at[rank]
-        if blob_offset[n] - end > GAP_BYTES:
+        if blob_offset[n] - end > gap_bytes:
             break
         same_member = blob_end[n] <= end
         if not same_member:
@@ -122,7 +126,7 @@ def choose(
             near = blob_end[n] - start <= window_bytes
             if not near and n not in wanted:
                 # nobody wants it and it is far: the next wanted one behind it may still be near enough to `end`
-                if blob_end[n] - end > GAP_BYTES:
+                if blob_end[n] - end > gap_bytes:
                     break
                 continue
         if absent(n):

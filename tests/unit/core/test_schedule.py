@@ -12,6 +12,7 @@ from p2pgz.core.schedule import (
     READ_AHEAD_MAX_BYTES,
     READ_AHEAD_MIN_BYTES,
     REQUEST_MAX_BYTES,
+    SEAM_BYTES,
     WINDOW_MAX_BYTES,
     WINDOW_MIN_BYTES,
     WINDOW_START_BYTES,
@@ -51,6 +52,13 @@ def test_an_unwanted_chunk_larger_than_the_gap_ends_the_request():
 def test_a_small_hole_is_transferred_rather_than_asked_around():
     offsets, ends = _adjacent(8, 10 * KIB)
     assert _choose(offsets, ends, 2, wanted=[2, 4]) == [2, 4]
+
+
+def test_the_start_up_list_bridges_nothing_but_padding():
+    offsets, ends = _adjacent(8, 10 * KIB)
+    assert _choose(offsets, ends, 2, wanted=[2, 4], priority=Priority.START_UP) == [2]
+    offsets = [offset + SEAM_BYTES for offset in offsets]
+    assert _choose(offsets, ends, 2, wanted=[2, 3], priority=Priority.START_UP) == [2, 3]
 
 
 def test_a_blocked_read_takes_its_neighbourhood_along():
