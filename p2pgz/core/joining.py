@@ -34,6 +34,8 @@ REFRESH_SECONDS: Final = 180.0
 PROBE_SECONDS: Final = 15.0
 # beyond so many members each one probes more seldom, so that seeds see about one dial a second in all
 PROBE_MEMBERS: Final = 16
+# who is connected for so long has admitted us
+STAYS_SECONDS: Final = 5.0
 DIALS_MAX: Final = 4
 OFFERS_MAX: Final = 64
 ADDRESSES_PER_NAME_MAX: Final = 1024
@@ -66,6 +68,7 @@ class Target:
     due: float = 0.0
     delay: float = 0.0
     tried_at: float = 0.0
+    reached_at: float = 0.0
     turn: float = 0.0
     """breaks ties between those that are due at the same time, by lot"""
 
@@ -160,9 +163,10 @@ class Joining:
         target.dialling, target.tried, target.error = False, True, ""
         target.peer = peer
         target.own = peer == self._own
-        target.delay = 0.0
-        # it may go at once (idle, over its budget): do not dial it in a circle
-        target.due = now + RETRY_START_SECONDS + self._random()
+        target.reached_at = now
+        # it may go at once (it does not admit us, is over its budget): do not dial it in a circle
+        target.due = now + RETRY_START_SECONDS + self._random() + target.delay
+        target.delay = min(max(target.delay * 2, RETRY_START_SECONDS), RETRY_MAX_SECONDS)
 
     def dial_failed(self, target: Target, error: str, now: float) -> None:
         """A dial has failed."""
@@ -192,8 +196,11 @@ class Joining:
         `is_own` says whether an endpoint is our own listener's; it is asked just before a dial.
         """
         few, alone = len(connected) < self._min_peers, not connected
+        for target in self._all_targets():
+            if target.delay and target.peer in connected and now - target.reached_at >= STAYS_SECONDS:
+                target.delay, target.due = 0.0, min(target.due, now)
         if self._was_alone and not alone:
-            self._begin_anew(now)
+            self._begin_anew(now, connected)
         if few and not self._was_few:
             for entry in self.entries:
                 entry.delay = 0.0
@@ -265,8 +272,10 @@ class Joining:
             taken.append(target)
         return taken
 
-    def _begin_anew(self, now: float) -> None:
+    def _begin_anew(self, now: float, connected: Collection[PeerId]) -> None:
         for target in self._all_targets():
+            if target.peer in connected:  # whether it lets us stay is still to be seen
+                continue
             target.delay = 0.0
             target.due = min(target.due, now + self._random())
         for entry in self.entries:

@@ -137,6 +137,7 @@ class Dht:
         running = self._greeted.get(contact.peer)
         if running is not None:
             await running.wait()
+            self._check_admitted(contact.peer)  # who waited for another's greeting learns how it went
             return
         self._greeted[contact.peer] = done = trio.Event()
         try:
@@ -148,13 +149,18 @@ class Dht:
             self._learn_epoch(contact, reply.epoch)
         except (P2pgzError, trio.TooSlowError) as error:
             self._greeted.pop(contact.peer, None)
-            if not self.admits(contact.peer):
-                self.kad.table.discard(contact.peer)
-                raise SourceUnavailable(f"peer {PeerId(contact.peer)} is not admitted") from error
+            self._check_admitted(contact.peer, error)
         finally:
+            if not self.admits(contact.peer):  # cancelled: the next one greets anew
+                self._greeted.pop(contact.peer, None)
             done.set()
         if len(self._greeted) > ADMITTED_MAX:
             del self._greeted[next(iter(self._greeted))]
+
+    def _check_admitted(self, peer: bytes, cause: Exception | None = None) -> None:
+        if not self.admits(peer):
+            self.kad.table.discard(peer)
+            raise SourceUnavailable(f"peer {PeerId(peer)} is not admitted") from cause
 
     async def _greet_guarded(self, contact: Contact) -> None:
         try:

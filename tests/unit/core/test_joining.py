@@ -129,6 +129,23 @@ def test_ourselves_are_never_dialled_again() -> None:
     assert {row["state"] for row in state.status(1.0, [])} == {"own", "waiting"}
 
 
+def test_peer_that_sends_us_away_is_dialled_ever_more_seldom() -> None:
+    """It does not admit us: each dial succeeds, and the connection is gone a moment later."""
+    state = joining(address(1))
+    dials, now = [], 0.0
+    while now < 300.0:
+        for target in state.decide(now, []).dials:
+            dials.append(now)
+            state.dialled(target, peer(1), now)
+            state.decide(now, {peer(1)})
+        now += 0.1
+    assert 10 < len(dials) < 25
+    state.dialled(target, peer(1), now)
+    for second in range(7):  # now it lets us stay, and is lost later
+        state.decide(now + second, {peer(1)})
+    assert state.decide(now + 8, []).dials == [target]
+
+
 def test_first_connection_after_none_ends_all_waiting() -> None:
     state = joining(*map(address, range(1, 5)))
     now = 0.0
