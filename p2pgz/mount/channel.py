@@ -10,7 +10,7 @@ RECORDS_PER_DATAGRAM records of RECORD_BYTES each, little-endian, so that neithe
     4       4     segment     index into the session's list of segments
     8       4     first       first chunk (TOC order)
     12      4     amount      number of chunks, at least 1
-    16      8     id          REQUEST, REPLY, CANCEL: request id; PING, PONG: echoed; OBSERVED: inode number
+    16      8     id          REQUEST, REPLY, CANCEL: request id; PING, PONG: echoed
 
 No chunk bytes travel here: the node sets presence bits in shared memory, then answers. Records of unknown kind and
 datagrams of another length are counted and ignored by the receiver, so that versions may add kinds.
@@ -50,7 +50,7 @@ class Kind(IntEnum):
     """fs → node: yes; `amount` is the number of requests without an answer, `segment` and `first` are how many look-ups
     and reads the kernel has sent so far (modulo 2^32)"""
     OBSERVED = 7
-    """fs → node: a file is read for the first time, by inode and chunk; only when the session asked for it"""
+    """fs → node: these chunks are read for the first time; only when the session asked for it"""
     READ_AHEAD = 8
     """node → fs: set the kernel's read-ahead of this mount to `amount` KiB"""
     DRAIN = 9
@@ -60,6 +60,8 @@ class Kind(IntEnum):
     UNKEPT = 11
     """node → fs: chunk `first` has no place in the pool; its `amount` bytes are in the memfd that comes along. Alone in its
     datagram, and before the REPLY to `id`"""
+    OBSERVE = 13
+    """node → fs: tell of no more first reads"""
 
 
 class Record(NamedTuple):

@@ -30,6 +30,7 @@ from p2pgz.mount.channel import Kind, Record
 from p2pgz.mount.drain import before_poll
 from p2pgz.mount.hold import Hold
 from p2pgz.mount.link import NodeLink
+from p2pgz.mount.observed import FirstReads
 from p2pgz.mount.setup import Ready, SessionOptions
 from p2pgz.mount.tree import Segment, TreeOperations
 from p2pgz.mount.umount import unmount
@@ -205,6 +206,9 @@ class _Served:
         self._spoiled, self._to_invalidate = trio.open_memory_channel[tuple[int, int, int]](
             INVALIDATIONS_QUEUED
         )
+        if options.observe:
+            counts = [presence.count for presence in image.presences]
+            self._link.first_reads = FirstReads(counts, self._link.send)
         greeting = kernel.greeting() if options.resume else kernel.answer_init(mount.fuse_fd)
         door = kernel.LibfuseDoor(mount.fuse_fd, greeting)
         self._set_read_ahead(options.read_ahead_kb)
@@ -214,7 +218,6 @@ class _Served:
             self._link,
             on_init=door.open,
             on_failed_read=self._note_spoiled,
-            observe=options.observe,
         )
         pyfuse3.init(operations, door.path, set())
         if hold is not None and not options.resume:

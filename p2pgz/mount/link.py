@@ -26,6 +26,7 @@ from p2pgz.mount.channel import (
     encode,
 )
 from p2pgz.mount.demand import Demand
+from p2pgz.mount.observed import FirstReads
 from p2pgz.mount.relink import descriptors
 from p2pgz.mount.setup import close_all
 from p2pgz.pool.presence import Presence
@@ -56,6 +57,8 @@ class NodeLink:
         self.demand = Demand()
         self.garbage = 0
         self.lookups = 0
+        self.first_reads: FirstReads | None = None
+        """who tells the node of them, while it wants to know"""
         self.reads = 0
         self._deadline_seconds = read_deadline_seconds
         self._set_read_ahead = set_read_ahead
@@ -155,6 +158,7 @@ class NodeLink:
                 nursery.cancel_scope.cancel()
         finally:
             self._socket = None
+            self.first_reads = None
             trio.lowlevel.notify_closing(connection)
             connection.close()
 
@@ -211,5 +215,7 @@ class NodeLink:
                 self._set_read_ahead(record.amount)
             case Kind.DRAIN:
                 self._drain()
+            case Kind.OBSERVE:
+                self.first_reads = None
             case _:
                 self.garbage += 1

@@ -25,6 +25,7 @@ import trio
 from p2pgz.core.layout import SegmentTable
 from p2pgz.errors import P2pgzError, StateError
 from p2pgz.mount import attach, erofs_mount, fs, hosting, kernel, relink, selftest, setup
+from p2pgz.mount.observed import FirstReads
 from p2pgz.mount.segments import (
     UNUSED_FILES_KEPT,
     HostedLink,
@@ -165,6 +166,9 @@ class SegmentHost:
             read_deadline_seconds=options.read_deadline_seconds,
             set_read_ahead=lambda kilobytes: self._set_read_ahead(hosted, kilobytes),
         )
+        if options.observe:
+            counts = [presence.count for presence in presences]
+            hosted.link.first_reads = FirstReads(counts, hosted.link.send)
         self.operations.add(watch)
         try:
             devices: list[str] = []

@@ -123,6 +123,9 @@ class SegmentFile:
         end = min(offset + size, self.size)
         if offset >= end:
             return b""
+        for each in self.users:  # whose reader it is cannot be seen here
+            if each.link.first_reads is not None:
+                each.link.first_reads.note(each.segment, self.chunks(offset, end))
         while True:
             user = next((user for user in self.users if user.link.connected), None)
             if user is None:

@@ -46,8 +46,8 @@ EIO: Final = 5
 Ensure = Callable[[int, int, int, int], Awaitable[Mapping[int, bytes] | None]]
 """`ensure(segment_index, first_chunk, count, priority)`: return when they are present, or the bytes of those that the pool
 cannot keep; raises P2pgzError"""
-Observe = Callable[[int, int, int, int], None]
-"""`observe(ino, segment_index, first_chunk, count)`: a file was read for the first time"""
+Observe = Callable[[int, int, int], bool]
+"""`observe(segment_index, first_chunk, count)`: they were read for the first time. False: tell no more"""
 
 
 class FsSession:
@@ -197,21 +197,22 @@ class FsSession:
                 self.pid = self.pid or record.id
             case Kind.DRAINING:
                 self._draining.set()
-            case Kind.OBSERVED if record.segment < len(self.options.segments):
-                if self._observe is not None:
-                    self._observe(record.id, record.segment, record.first, record.amount)
+            case Kind.OBSERVED if self._is_within(record):
+                if not (self._observe and self._observe(record.segment, record.first, record.amount)):
+                    self._send(Record(Kind.OBSERVE))
             case _:
                 self.stats.garbage += 1
 
-    def _is_sound(self, record: Record) -> bool:
+    def _is_within(self, record: Record) -> bool:
         segments = self.options.segments
         return (
             record.segment < len(segments)
-            and record.amount > 0
-            and record.first + record.amount <= segments[record.segment].presence_count
-            and record.id not in self._scopes
-            and len(self._scopes) < MAX_UNANSWERED
+            and 0 < record.amount <= segments[record.segment].presence_count - record.first
         )
+
+    def _is_sound(self, record: Record) -> bool:
+        unknown = record.id not in self._scopes and len(self._scopes) < MAX_UNANSWERED
+        return unknown and self._is_within(record)
 
     async def _answer(self, record: Record, scope: trio.CancelScope) -> None:
         code = 0

@@ -62,7 +62,7 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
     read_deadline_seconds: float = READ_DEADLINE_SECONDS
     read_ahead_kb: int = READ_AHEAD_COLD_KB
     observe: bool = False
-    """report the first read of every file"""
+    """report the first read of every chunk, until the node has heard enough"""
     socket_path: str | Path = ""
     """where a later node finds this `fs`; empty: nowhere"""
     holder_path: str | Path = ""

@@ -20,7 +20,6 @@ import pyfuse3
 from p2pgz.core.layout import SegmentTable
 from p2pgz.image.reader import patched
 from p2pgz.image.treefile import TreeFile
-from p2pgz.mount.channel import Kind, Record
 from p2pgz.mount.link import NodeLink
 
 log = logging.getLogger("p2pgz.fs")
@@ -95,7 +94,6 @@ class TreeOperations(pyfuse3.Operations):
         *,
         on_init: Callable[[], None],
         on_failed_read: Callable[[int, int, int], None],
-        observe: bool = False,
     ) -> None:
         super().__init__()
         self._tree = tree
@@ -105,7 +103,6 @@ class TreeOperations(pyfuse3.Operations):
         self._on_failed_read = on_failed_read
         self._entries: dict[int, pyfuse3.EntryAttributes] = {}
         self._files: dict[int, _OpenFile] = {}
-        self._observed = bytearray((tree.inode_count >> 3) + 1) if observe else None
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = FOREVER_SECONDS
@@ -229,8 +226,8 @@ class TreeOperations(pyfuse3.Operations):
             low = bisect_right(starts, file.base + off, first, stop) - 1
             high = bisect_right(starts, file.base + end - 1, low, stop)
             first, count = low, high - low
-        if self._observed is not None:
-            self._observe(fh, file, first)
+        if self._link.first_reads is not None:
+            self._link.first_reads.note(file.segment, range(first, first + count))
         if not self._link.presences[file.segment].has_range(first, count):
             unkept: dict[int, bytes] = {}
             code = await self._link.ensure(file.segment, first, count, unkept)
@@ -243,13 +240,6 @@ class TreeOperations(pyfuse3.Operations):
                 return patched(segment.data[start : file.base + end], start, segment.table, unkept)
         # nothing is awaited between the look at the bits and pyfuse3's reply: eviction relies on it (see `roster`)
         return file.view[off:end]
-
-    def _observe(self, ino: int, file: _OpenFile, first: int) -> None:
-        assert self._observed is not None
-        if not self._observed[ino >> 3] >> (ino & 7) & 1:
-            self._observed[ino >> 3] |= 1 << (ino & 7)
-            record = Record(Kind.OBSERVED, segment=file.segment, first=first, amount=file.chunk_count, id=ino)
-            self._link.send([record])
 
     @_guarded
     async def getxattr(self, ino: int, name: bytes, ctx: Any) -> bytes:
