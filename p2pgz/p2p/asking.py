@@ -48,6 +48,14 @@ THREAD_FROM_BYTES: Final = 96 << 10
 RATE_GUESS_BYTES_PER_SECOND: Final = 60e6
 
 
+class PeerBusy(SourceUnavailable):
+    """The peer would give the document after `retry_seconds`."""
+
+    def __init__(self, what: str, retry_seconds: float) -> None:
+        super().__init__(what)
+        self.retry_seconds = retry_seconds
+
+
 class Asking(ABC):
     """What one peer is asked for. `proofs` are those of the connection, if agreed on."""
 
@@ -139,7 +147,7 @@ class Asking(ABC):
     async def document(
         self, digest: bytes, *, limit_bytes: int = DOCUMENT_MAX_BYTES, secret: bytes = b""
     ) -> bytes | None:
-        """A TOC, manifest or config by digest, not verified; None when the peer does not have it.
+        """A TOC, manifest or config by digest, not verified; None when the peer does not have it. Raises PeerBusy.
 
         With the secret of its image the peer sees a name that it understands only if it knows the image, and our proof.
         """
@@ -174,6 +182,8 @@ class Asking(ABC):
                 self._raise_if_ended()
         finally:
             self.downloads.leave_document(number)
+        if document.retry_seconds >= 0:
+            raise PeerBusy(f"peer {self.peer} is busy", document.retry_seconds)
         return None if document.missing else b"".join(document.parts)
 
     def follow(self, swarm: bytes, secret: bytes = b"") -> None:

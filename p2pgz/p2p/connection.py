@@ -42,6 +42,7 @@ from p2pgz.core.messages import (
     ProofJoin,
     Want,
 )
+from p2pgz.core.pacing import URGENT
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
 from p2pgz.errors import P2pgzError, PeerFault, SourceUnavailable
@@ -50,7 +51,7 @@ from p2pgz.p2p.bitmaps import PeerLies
 from p2pgz.p2p.handshake import Handshaken
 from p2pgz.p2p.offers import Offers
 from p2pgz.p2p.serving import Serving
-from p2pgz.p2p.uploads import Uploads
+from p2pgz.p2p.uploads import BATCH_BYTES, RETRY_MS, Uploads
 
 log = structlog.get_logger(component="peers")
 
@@ -154,6 +155,7 @@ class Connection(Asking):
             if self.error is None:
                 self.error = SourceUnavailable(f"peer {self.peer}: the connection was closed")
             self.downloads.wake_all()
+            self.serving.end()
             with trio.CancelScope(shield=True):
                 await self._stream.aclose()
 
@@ -263,8 +265,9 @@ class Connection(Asking):
 
     def _start_document(self, request: int, read: Callable[[], Awaitable[bytes | None]]) -> None:
         self._used_at = self._heard_at
-        if self._documents_out >= DOCUMENTS_AT_ONCE or self._nursery is None:
-            self._say(Missing(request))
+        if self._nursery is None or self._documents_out >= DOCUMENTS_AT_ONCE:
+            self._uploads.busy += 1
+            self._say(Busy(request, RETRY_MS))
             return
         self._documents_out += 1
         self._nursery.start_soon(self._guarded, lambda: self._send_document(request, read))
@@ -297,15 +300,23 @@ class Connection(Asking):
             await self._send(data)
 
     async def _send_chunks(self) -> None:
-        serving, uploads = self.serving, self._uploads
+        serving, uploads, queue = self.serving, self._uploads, self.serving.queue
         while True:
-            while not serving.queue:
+            while not queue:
                 await self._to_serve.park()
+            priority = queue.head_priority()
+            wait_seconds = uploads.wait_seconds(priority)
+            if wait_seconds > 0:
+                with trio.move_on_after(wait_seconds):
+                    await self._to_serve.park()  # something more urgent may come
+                continue
+            charged = min(BATCH_BYTES, sum(queue.class_bytes))  # before others see the same gap
+            uploads.spend(charged, priority)
             async with uploads.slot():
                 batch = await serving.next_batch()
+                uploads.spend(len(batch) - charged, priority)
                 if not batch:
                     continue
-                await uploads.pace(len(batch))
                 before = trio.current_time()
                 await self._send(batch)
                 self._used_at = trio.current_time()
@@ -319,7 +330,8 @@ class Connection(Asking):
                 return
             for offset in range(0, max(1, len(data)), PART_MAX_BYTES):
                 part = data[offset : offset + PART_MAX_BYTES]
-                await self._uploads.pace(len(part))
+                await trio.sleep(self._uploads.wait_seconds(URGENT))
+                self._uploads.spend(len(part), URGENT)
                 await self._send(encode(Doc(request, offset, len(data), part)))
         finally:
             self._documents_out -= 1

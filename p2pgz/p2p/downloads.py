@@ -108,7 +108,7 @@ class Request:
 class DocumentRequest:
     """One DOC_WANT on the books."""
 
-    __slots__ = ("forgotten", "got", "limit_bytes", "missing", "parts", "total")
+    __slots__ = ("forgotten", "got", "limit_bytes", "missing", "parts", "retry_seconds", "total")
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -116,11 +116,13 @@ class DocumentRequest:
         self.got = 0
         self.parts: list[Buffer] = []
         self.missing = self.forgotten = False
+        self.retry_seconds = -1.0
+        """when to ask again, if the peer was busy"""
 
     @property
     def done(self) -> bool:
         """Whether the answer is complete."""
-        return self.missing or self.got == self.total
+        return self.missing or self.retry_seconds >= 0 or self.got == self.total
 
 
 class Downloads:
@@ -227,6 +229,11 @@ class Downloads:
 
     def on_busy(self, frame: Busy) -> None:
         """The rest of a request will not come now. Raises PeerFault."""
+        entry = self.documents.get(frame.request)
+        if entry is not None:
+            entry[0].retry_seconds = frame.retry_ms / 1000
+            self._document_done(frame.request)
+            return
         request = self.requests.get(frame.request)
         if request is None:
             raise PeerFault(f"BUSY for request {frame.request}, which is not open")

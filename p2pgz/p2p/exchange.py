@@ -8,6 +8,7 @@ never decides between peers and registry: that is the race's business.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -23,6 +24,7 @@ from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Holder, Landed, PeerAnswer
 from p2pgz.core.standing import Fault, Standing
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.asking import PeerBusy
 from p2pgz.p2p.connection import Connection
 from p2pgz.p2p.dialling import Dialler
 from p2pgz.p2p.handshake import Credentials, Handshaken, accept, say_goodbye
@@ -40,6 +42,9 @@ HANDSHAKES_MAX: Final = 64
 # A document is small or rare: three peers at a time find one quickly and cost little when none has it
 DOCUMENT_ASKS_AT_ONCE: Final = 3
 DOCUMENT_SECONDS: Final = 5.0
+# who is busy again and again may as well not have it
+DOCUMENT_BUSY_ASKS: Final = 20
+DOCUMENT_BUSY_MAX_SECONDS: Final = 0.5
 # those that know a layer are likely among the quickest; each answer is a few hundred bytes
 INDEX_ASKS_MAX: Final = 16
 # how soon followers learn of new chunks; more often would cost more than it helps
@@ -254,14 +259,25 @@ class Exchange:
         """A TOC, manifest or config from whichever peer has it, checked; None when none has."""
         todo = sorted(self.connections(), key=Connection.expected_seconds, reverse=True)
         found: list[bytes] = []
+        busy: Counter[Connection] = Counter()
         async with trio.open_nursery() as nursery:
 
             async def ask() -> None:
                 while todo and not found:
-                    data = await self._document_from(todo.pop(), digest, limit_bytes, secret)
-                    if data is not None:
-                        found.append(data)
-                        nursery.cancel_scope.cancel()
+                    connection = todo.pop()
+                    try:
+                        data = await self._document_from(connection, digest, limit_bytes, secret)
+                    except PeerBusy as error:
+                        again_seconds = min(error.retry_seconds, DOCUMENT_BUSY_MAX_SECONDS)
+                    else:
+                        if data is not None:
+                            found.append(data)
+                            nursery.cancel_scope.cancel()
+                        continue
+                    busy[connection] += 1
+                    if busy[connection] < DOCUMENT_BUSY_ASKS:
+                        await trio.sleep(again_seconds)
+                        todo.insert(0, connection)  # behind those that have not been asked yet
 
             for _ in range(DOCUMENT_ASKS_AT_ONCE):
                 nursery.start_soon(ask)
@@ -273,6 +289,8 @@ class Exchange:
         try:
             with trio.fail_after(DOCUMENT_SECONDS):
                 data = await connection.document(digest, limit_bytes=limit_bytes, secret=secret)
+        except PeerBusy:
+            raise
         except (P2pgzError, trio.TooSlowError):
             return None
         if data is None or hashlib.sha256(data).digest() == digest:

@@ -7,6 +7,7 @@ caller leaves. What it brings then is reset. Their number is bounded: with a sto
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 import trio
@@ -67,7 +68,5 @@ class _Negotiation:
         finally:
             self.done.set()
         if self.left and self.stream is not None:
-            try:
+            with contextlib.suppress(Exception):  # the connection is gone, and the stream with it
                 await reset_stream(self.stream)
-            except Exception:  # noqa: BLE001, S110  # the connection is gone, and the stream with it
-                pass

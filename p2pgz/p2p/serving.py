@@ -68,6 +68,7 @@ class Serving:
         self._zstd = zstd
         self._refusals = 0
         self.queue = UploadQueue()
+        uploads.join(self.queue)
         self.joined: dict[bytes, bytes | None] = {}
         """swarms whose bitmap the peer follows, and the bits that it was told last (None: none)"""
         self._proofs = proofs
@@ -85,13 +86,24 @@ class Serving:
         offer = self._offer(want.swarm)
         if offer is None:
             self._refuse(Missing(want.request))
-        elif self._uploads.overloaded or not self.queue.has_room(want):
+        elif (retry_ms := self._busy_ms(want)) > 0:
             self._uploads.busy += 1
-            self._refuse(Busy(want.request, RETRY_MS, self._uploads.alternatives(want.swarm)))
+            self._refuse(Busy(want.request, retry_ms, self._uploads.alternatives(want.swarm)))
         else:
             missing = self.queue.add(want, offer)
             self._missing(want.request, missing)
             self._refusals = 0 if self.queue else self._refusals + 1
+
+    def _busy_ms(self, want: Want) -> int:
+        return self._uploads.busy_ms(want.priority) if self.queue.has_room(want) else RETRY_MS
+
+    def end(self) -> None:
+        """The connection has ended: what it has queued keeps nobody waiting."""
+        self._uploads.leave(self.queue)
+
+    def serves(self, swarm: bytes) -> bool:
+        """Whether the peer follows this swarm, and is told what we have of it."""
+        return self.joined.get(swarm) is not None
 
     def _refuse(self, answer: Frame) -> None:
         self._refusals += 1

@@ -16,6 +16,8 @@ from typing import Final
 import trio
 
 from p2pgz.core.messages import Alternative, Want, chunks_of
+from p2pgz.core.pacing import Pace
+from p2pgz.core.schedule import Priority
 from p2pgz.core.wirezstd import pays
 from p2pgz.p2p.offers import Offer
 
@@ -26,6 +28,9 @@ WAITING_MAX: Final = 2 * SLOTS
 REQUESTS_MAX: Final = 64
 QUEUED_CHUNKS_MAX: Final = 8192
 RETRY_MS: Final = 100
+# a longer pause would outlast the backlog: requests are forgotten, peers go
+BUSY_MAX_SECONDS: Final = 5.0
+CLASSES: Final = len(Priority)
 # What is sent in one go, besides a single larger part: long enough to be cheap, short enough for a more urgent request
 BATCH_BYTES: Final = 256 << 10
 # well within the time after which a peer without an answer takes us for dead
@@ -34,8 +39,6 @@ WAIT_MAX_SECONDS: Final = 1.0
 _ZSTD_WORKERS: Final = 1
 # one thread makes 387 MB/s of level 1: a link that takes this much raw needs no help
 ZSTD_BELOW_BYTES_PER_SECOND: Final = 150e6
-# what may go out at once after a pause
-_BURST_SECONDS: Final = 0.25
 
 
 class _Asked:
@@ -53,7 +56,7 @@ class _Asked:
 class UploadQueue:
     """Chunks that one peer waits for. `take` and `sent` come in pairs; forgetting may happen between them."""
 
-    __slots__ = ("_arrival", "_heap", "_requests")
+    __slots__ = ("_arrival", "_heap", "_requests", "class_bytes")
 
     def __init__(self) -> None:
         self._heap: list[
@@ -61,6 +64,8 @@ class UploadQueue:
         ] = []  # priority, arrival, request, chunk; stale entries stay
         self._arrival = itertools.count()
         self._requests: dict[int, _Asked] = {}
+        self.class_bytes = [0] * CLASSES
+        """that have not gone out yet, per class"""
 
     def __bool__(self) -> bool:
         return bool(self._requests)
@@ -85,6 +90,7 @@ class UploadQueue:
         for n in chunks_of(want.runs):
             if n < count and offer.has(n):
                 asked.chunks[n] = 0
+                self._count(asked, offer.size(n))
                 heapq.heappush(self._heap, (want.priority, next(self._arrival), want.request, n))
             else:
                 missing.append(n)
@@ -103,34 +109,53 @@ class UploadQueue:
             if n in asked.sending:
                 asked.sending[n] = True
             else:
-                del asked.chunks[n]
+                self._drop(asked, n)
                 dropped.append(n)
         self._tidy(request, asked)
         return dropped
+
+    def head_priority(self) -> int:
+        """The class of what goes out next; the last class when there is nothing."""
+        while self._heap:
+            priority, _, request, n = self._heap[0]
+            if self._waiting(request, n) is not None:
+                return priority
+            heapq.heappop(self._heap)
+        return CLASSES - 1
 
     def take(self) -> tuple[int, int, Offer, int] | None:
         """Request, chunk, offer and offset of what goes out next, or None."""
         while self._heap:
             _, _, request, n = heapq.heappop(self._heap)
-            asked = self._requests.get(request)
-            if asked is None or n not in asked.chunks or n in asked.sending:
-                continue
-            asked.sending[n] = False
-            return request, n, asked.offer, asked.chunks[n]
+            asked = self._waiting(request, n)
+            if asked is not None:
+                asked.sending[n] = False
+                return request, n, asked.offer, asked.chunks[n]
         return None
+
+    def _waiting(self, request: int, n: int) -> _Asked | None:
+        asked = self._requests.get(request)
+        return None if asked is None or n not in asked.chunks or n in asked.sending else asked
 
     def sent(self, request: int, n: int, offset: int | None) -> bool:
         """What was taken has gone out up to `offset` (None: it is finished). True: forgotten, the rest must not follow."""
         asked = self._requests[request]
         forgotten = asked.sending.pop(n)
         if offset is None or forgotten:
-            del asked.chunks[n]
+            self._drop(asked, n)
             self._tidy(request, asked)
             return forgotten and offset is not None
+        self._count(asked, asked.chunks[n] - offset)
         asked.chunks[n] = offset
         # a chunk that has begun goes on before others of its class
         heapq.heappush(self._heap, (asked.priority, -1, request, n))
         return False
+
+    def _drop(self, asked: _Asked, n: int) -> None:
+        self._count(asked, asked.chunks.pop(n) - asked.offer.size(n))
+
+    def _count(self, asked: _Asked, size: int) -> None:
+        self.class_bytes[min(asked.priority, CLASSES - 1)] += size
 
     def _tidy(self, request: int, asked: _Asked) -> None:
         if not asked.chunks:
@@ -151,20 +176,33 @@ class Uploads:
         alternatives: Callable[[bytes], tuple[Alternative, ...]] = lambda swarm: (),
     ) -> None:
         self._slots = trio.CapacityLimiter(slots)
-        self._bytes_per_second = bytes_per_second
-        self._free_at = 0.0
+        self._pace = Pace(bytes_per_second)
+        self._queues: set[UploadQueue] = set()
         self._zstd = zstd
         self._workers = trio.CapacityLimiter(_ZSTD_WORKERS)
         self.alternatives = alternatives
         self.chunks = self.raw_bytes = self.wire_bytes = self.busy = self.compressed_chunks = 0
 
-    @property
-    def overloaded(self) -> bool:
-        """Whether a peer is better off elsewhere: those that wait for a slot would keep it waiting for too long."""
-        waiting = self._slots.statistics().tasks_waiting
-        if self._bytes_per_second and waiting * BATCH_BYTES > self._bytes_per_second * WAIT_MAX_SECONDS:
-            return True
-        return waiting >= WAITING_MAX
+    def join(self, queue: UploadQueue) -> None:
+        """A further connection, whose queue counts."""
+        self._queues.add(queue)
+
+    def leave(self, queue: UploadQueue) -> None:
+        """It has ended."""
+        self._queues.discard(queue)
+
+    def busy_ms(self, priority: int) -> int:
+        """When a peer should ask again, because what is before it would keep it waiting for too long; 0: serve it now."""
+        if self._slots.statistics().tasks_waiting >= WAITING_MAX:
+            return RETRY_MS
+        rate = self._pace.bytes_per_second
+        if not rate:
+            return 0
+        before = sum(sum(queue.class_bytes[: priority + 1]) for queue in self._queues)
+        seconds = before / rate + self._pace.wait_seconds(priority, trio.current_time())
+        if seconds <= WAIT_MAX_SECONDS:
+            return 0
+        return int(1000 * min(BUSY_MAX_SECONDS, seconds - WAIT_MAX_SECONDS / 2))
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -178,13 +216,13 @@ class Uploads:
         finally:
             self._slots.release()
 
-    async def pace(self, count: int) -> None:
-        """Wait until `count` more bytes are within the rate."""
-        if not self._bytes_per_second:
-            return
-        now = trio.current_time()
-        self._free_at = max(self._free_at, now - _BURST_SECONDS) + count / self._bytes_per_second
-        await trio.sleep_until(max(now, self._free_at))
+    def wait_seconds(self, priority: int) -> float:
+        """How long the rate makes a class wait; see `core.pacing`."""
+        return self._pace.wait_seconds(priority, trio.current_time())
+
+    def spend(self, count: int, priority: int) -> None:
+        """Charge for bytes that go out; negative: it was less in the end."""
+        self._pace.spend(count, priority, trio.current_time())
 
     def compresses(self, size: int, ratio: float, blocked_seconds: float, bytes_per_second: float) -> bool:
         """Whether a chunk is to be compressed for a connection that was blocked this long and takes this much."""

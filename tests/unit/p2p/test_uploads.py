@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from p2pgz.core.messages import Want, chunks_of, runs_of
 from p2pgz.p2p.downloads import REQUEST_BYTES_MAX, batches
-from p2pgz.p2p.uploads import QUEUED_CHUNKS_MAX, REQUESTS_MAX, UploadQueue, Uploads
+from p2pgz.p2p.uploads import (
+    QUEUED_CHUNKS_MAX,
+    REQUESTS_MAX,
+    RETRY_MS,
+    WAITING_MAX,
+    UploadQueue,
+    Uploads,
+)
 
 PART = 100
 
@@ -84,6 +91,7 @@ def test_every_chunk_gets_one_final_answer(seed: int) -> None:
     assert not queue
     assert len(queue) == 0
     assert queue.take() is None
+    assert queue.class_bytes == [0, 0, 0, 0]
 
 
 def test_urgent_chunks_go_first_and_begun_ones_before_others_of_their_class() -> None:
@@ -142,28 +150,61 @@ def test_requests_keep_to_all_limits_and_ask_for_everything(
         assert len(batch) == 1 or sum(sizes[n] for n in batch) <= REQUEST_BYTES_MAX
 
 
+def backlog(queue: UploadQueue) -> int:
+    return sum(queue.class_bytes)
+
+
+def test_backlog_is_what_has_not_gone_out() -> None:
+    stock, queue = Stock(), UploadQueue()
+    queue.add(Want(1, 3, bytes(32), ((2, 3),)), stock)  # type: ignore[arg-type]
+    queue.add(Want(2, 0, bytes(32), ((6, 1),)), stock)  # type: ignore[arg-type]
+    assert queue.class_bytes == [301, 0, 0, 101 + 201]
+    assert queue.head_priority() == 0
+    queue.take()
+    queue.sent(2, 6, 100)
+    assert queue.class_bytes[0] == 201
+    queue.take()
+    queue.sent(2, 6, None)
+    assert queue.head_priority() == 3
+    queue.take()
+    queue.forget(1, None)  # one of the two is being sent
+    assert queue.class_bytes == [0, 0, 0, 101]
+    queue.sent(1, 2, 50)
+    assert backlog(queue) == 0
+    assert queue.head_priority() == 3  # nothing is there
+
+
 @pytest.mark.trio
-async def test_rate_holds_over_time(autojump_clock: object) -> None:
-
-    uploads = Uploads(bytes_per_second=1_000_000)
-    start = trio.current_time()
-    for _ in range(40):
-        await uploads.pace(250_000)
-    assert 9.0 < trio.current_time() - start < 10.5
+async def test_peers_go_elsewhere_when_the_rate_would_keep_them_waiting(autojump_clock: object) -> None:
+    stock, queue = Stock(), UploadQueue()
+    uploads = Uploads(bytes_per_second=300)
+    assert uploads.busy_ms(3) == 0
+    uploads.join(queue)
+    queue.add(Want(1, 2, bytes(32), ((6, 3),)), stock)  # type: ignore[arg-type]
+    assert backlog(queue) == 301 + 401
+    assert uploads.busy_ms(2) == uploads.busy_ms(3) == int(1000 * (702 / 300 - 0.5))
+    assert uploads.busy_ms(1) == 0  # goes before them
+    uploads.spend(600, 0)
+    assert uploads.busy_ms(0) > 0
+    uploads.spend(-600, 0)
+    assert uploads.busy_ms(0) == 0
+    uploads.leave(queue)
+    await trio.sleep(2)
+    assert uploads.busy_ms(3) == 0
 
 
 @pytest.mark.trio
-async def test_uploads_that_would_wait_too_long_go_elsewhere(autojump_clock: object) -> None:
-
-    uploads = Uploads(bytes_per_second=500_000, slots=1)
+async def test_peers_go_elsewhere_when_too_many_wait_for_a_slot(autojump_clock: object) -> None:
+    uploads = Uploads(slots=1)
 
     async def hold() -> None:
         async with uploads.slot():
             await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
-        for expected in (False, False, True):
+        for _ in range(1 + WAITING_MAX):
+            assert uploads.busy_ms(0) == 0
             nursery.start_soon(hold)
             await trio.testing.wait_all_tasks_blocked()
-            assert uploads.overloaded is expected
+        assert uploads.busy_ms(0) == RETRY_MS
         nursery.cancel_scope.cancel()
