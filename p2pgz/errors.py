@@ -84,6 +84,10 @@ class SourceUnavailable(P2pgzError):
     retryable = True
 
 
+class SourceUnreachable(SourceUnavailable):
+    """A registry cannot be reached, is silent, or answers with 5xx only: what is known from before may be used instead."""
+
+
 class PeerFault(SourceUnavailable):
     """A peer broke the protocol or one of our limits: close the connection, it loses its place; ask another source."""
 

@@ -116,7 +116,7 @@ class NodeClient:
             while len(head := answer.read(4)) == 4:
                 (length,) = struct.unpack(">I", head)
                 if not length:
-                    _result(json.loads(answer.read()))
+                    show_warnings(_result(json.loads(answer.read())))
                     return
                 piece = answer.read(length)
                 if len(piece) < length:
@@ -271,6 +271,12 @@ def _in_own_scope(command: list[str]) -> list[str]:
         ["systemd-run", *user, "--scope", "--quiet", "true"], capture_output=True, check=False, timeout=10
     )
     return ["systemd-run", *user, "--scope", "--quiet", "--", *command] if probe.returncode == 0 else command
+
+
+def show_warnings(result: dict[str, Any]) -> None:
+    """What the node wants people to know about what it gave."""
+    for warning in result.get("warnings", ()):
+        click.echo(f"warning: {warning}", err=True)
 
 
 def show_progress(settings: Settings) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from p2pgz.cli.client import running_node, show_progress
+from p2pgz.cli.client import running_node, show_progress, show_warnings
 from p2pgz.cli.context import (
     Settings,
     absolute,
@@ -37,6 +37,7 @@ def ls(
     client = running_node(settings)
     request = image_request(reference, {**options, "path": path, "recursive": recursive})
     result = client.call("/v1/files", request, show_progress(settings))
+    show_warnings(result)
     if as_json:
         print_json(result["entries"])
         return
@@ -91,6 +92,7 @@ def verify(settings: Settings, /, what: str, as_json: bool, **options: Any) -> N
     else:
         request = image_request(what, options)
     result = client.call("/v1/verify", request, show_progress(settings))
+    show_warnings(result)
     if as_json:
         print_json({key: value for key, value in result.items() if key != "event"})
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from p2pgz.cli.client import running_node, show_progress
+from p2pgz.cli.client import running_node, show_progress, show_warnings
 from p2pgz.cli.context import (
     Settings,
     absolute,
@@ -73,8 +73,7 @@ def mount(
         print_json({key: value for key, value in result.items() if key not in {"event", "token"}})
     elif not settings.quiet:
         click.echo(f"{result['reference']} on {target}", err=True)
-        for warning in result["warnings"]:
-            click.echo(f"warning: {warning}", err=True)
+        show_warnings(result)
     if foreground:
         # both explicitly: a shell starts background jobs with SIGINT ignored, and Python leaves it so
         for number in (signal.SIGINT, signal.SIGTERM):

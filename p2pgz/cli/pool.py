@@ -50,7 +50,7 @@ def stat(settings: Settings, /, as_json: bool) -> None:
     if document["state"] == "full":
         click.echo("FULL: chunks are served without being kept until there is room")
     for pin in document["pins"]:
-        click.echo(f"pinned: {pin['ref']}  {pin['digest']}")
+        click.echo(f"pinned: {pin['ref']}  {pin['digest']}" + (" (seed)" if pin["owner"] == "seed" else ""))
 
 
 @pool.command("gc")

@@ -16,6 +16,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.ports import PeerSource
 from p2pgz.errors import P2pgzError, PoolFull
 from p2pgz.fetch.shares import Access
+from p2pgz.fetch.together import Together
 from p2pgz.pool.pool import Pool
 
 log = structlog.get_logger(component="fetch")
@@ -33,6 +34,7 @@ class Documents:
     def __init__(self, pool: Pool, peers: PeerSource | None) -> None:
         self._pool = pool
         self._peers = peers
+        self._calls: Together[bytes] = Together()
 
     async def get(
         self,
@@ -40,12 +42,27 @@ class Documents:
         *,
         limit_bytes: int,
         from_source: Callable[[], Awaitable[bytes]],
+        source: object = None,
         access: Access = _OPEN,
     ) -> bytes:
-        """The document; raises what the source raises when no peer has it either."""
+        """The document; raises what the source raises when no peer has it either.
+
+        Those who name the same `source` for the same document wait for one call of it.
+        """
         kept = await self._pool.get_object(digest, domain=access.domain)
         if kept is not None:
             return kept
+        if source is None:
+            return await self._fetch(digest, limit_bytes, from_source, access)
+
+        async def fetch() -> bytes:
+            return await self._fetch(digest, limit_bytes, from_source, access)
+
+        return await self._calls.run((source, digest, limit_bytes, access), fetch)
+
+    async def _fetch(
+        self, digest: Digest, limit_bytes: int, from_source: Callable[[], Awaitable[bytes]], access: Access
+    ) -> bytes:
         if self._peers is None or not access.peers:
             return await self.keep(digest, await from_source(), access)
         found: list[bytes] = []

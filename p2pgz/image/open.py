@@ -32,7 +32,7 @@ from p2pgz.core.media import (
 from p2pgz.core.platform import Platform
 from p2pgz.core.ports import ImageSource, PeerSource
 from p2pgz.core.reference import Reference
-from p2pgz.errors import ImageInvalid, ImageNotFound, SourceUnavailable, StateError
+from p2pgz.errors import ImageInvalid, ImageNotFound, SourceUnreachable, StateError
 from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
@@ -42,6 +42,7 @@ from p2pgz.image.merge import LayerInput, merge_layers
 from p2pgz.image.opened import ImageRecord, OpenImage, map_tree, write_tree
 from p2pgz.image.opening import Away, LazyConfig, Wanted, documents_of, first_error, naming, silent
 from p2pgz.image.plain_layers import PlainLayers
+from p2pgz.image.tags import LOOK_UP_SECONDS, Tags, stale_warning
 from p2pgz.image.treebuild import build_tree
 from p2pgz.image.treefile import TreeFile
 from p2pgz.pool.pool import Pool
@@ -77,6 +78,7 @@ class ImageOpener:
         self._fetcher = fetcher
         self._trees = state_path / TREES
         self._documents = Documents(pool, peers)
+        self.tags = Tags(pool.catalog)
         self._layers = LayerOpener(pool, self._documents, fetcher.counters, state_path, plain)
         self._opening: dict[tuple[str, Digest], trio.Lock] = {}
 
@@ -89,16 +91,29 @@ class ImageOpener:
         allow_unverified_toc: bool,
         progress: Progress,
         insist_on_platform: bool = False,
+        tag_seconds: float = LOOK_UP_SECONDS,
     ) -> OpenImage:
-        """Open an image by reference; raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable."""
+        """Open an image by reference; raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable.
+
+        A tag that cannot be looked up (within `tag_seconds`) means what it meant here last: `stale_since` says so.
+        """
         with naming(reference):
             try:
                 with trio.fail_after(OPEN_SECONDS):
-                    manifest, place, indexes = await self._manifest(reference, source, platform)
+                    resolved = await self.tags.resolve(reference, source, platform, seconds=tag_seconds)
+                    try:
+                        found = await self._manifest(reference, source, platform, resolved.descriptor)
+                    except SourceUnreachable:  # just after it has answered
+                        last = self.tags.last(reference, platform)
+                        if last is None or resolved.stale_since is not None:
+                            raise
+                        resolved = last
+                        found = await self._manifest(reference, source, platform, last.descriptor)
+                    manifest, place, indexes = found
                     if insist_on_platform:
                         await self._check_platform(reference, source, manifest, platform, place.access)
             except trio.TooSlowError:
-                raise SourceUnavailable(f"{source.name}: no answer within {OPEN_SECONDS:g} s") from None
+                raise SourceUnreachable(f"{source.name}: no answer within {OPEN_SECONDS:g} s") from None
             wanted = Wanted(
                 reference=reference,
                 source=source,
@@ -113,6 +128,12 @@ class ImageOpener:
             await self._shares.add(
                 place, segments=image.layers, documents=documents_of(manifest), indexes=indexes
             )
+        if resolved.stale_since is None:
+            await self.tags.note(reference, platform, manifest.digest)
+        else:
+            image.stale_since = resolved.stale_since
+            warning = stale_warning(reference, source.name, resolved.stale_since)
+            image.warnings = [*image.warnings, warning]
         return image
 
     def _lock(self, place: Place) -> trio.Lock:
@@ -164,12 +185,11 @@ class ImageOpener:
         return image
 
     async def _manifest(
-        self, reference: Reference, source: ImageSource, platform: Platform
+        self, reference: Reference, source: ImageSource, platform: Platform, descriptor: Descriptor
     ) -> tuple[Manifest, Place, list[Digest]]:
         """The manifest, where its image belongs, and the indexes on the way to it."""
         access = self._shares.index_access(reference.name)
         indexes: list[Digest] = []
-        descriptor = await source.resolve(reference)
         for _ in range(MAX_INDEX_DEPTH + 1):
             document = await self._document(source, descriptor, access)
             parsed = parse_manifest_or_index(document, descriptor.media_type, where=str(reference))
@@ -205,6 +225,7 @@ class ImageOpener:
             descriptor.digest,
             limit_bytes=descriptor.size if known_size else MAX_MANIFEST_BYTES,
             from_source=lambda: source.document(descriptor),
+            source=source,
             access=access,
         )
         if known_size and len(document) != descriptor.size:

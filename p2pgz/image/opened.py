@@ -42,6 +42,13 @@ class OpenImage:
     prefetch: list[tuple[Segment, int]] = field(default_factory=list)
     """segments whose author recorded start-up files, and the blob offset where those end"""
     warnings: list[str] = field(default_factory=list)
+    stale_since: float | None = None
+    """when the tag was last asked for, seconds since 1970, if its registry could not be reached just now"""
+
+    @property
+    def all_segments(self) -> list[Segment]:
+        """What somebody needs who has the whole image: those of its layers, and those that its tree refers to."""
+        return [*self.segments, *(segment for segment in self.layers if segment not in self.segments)]
 
     @property
     def chunk_bytes(self) -> int:

@@ -367,6 +367,7 @@ class Mounts:
             "id": mounted.id,
             "ref": image.reference,
             "digest": str(image.digest),
+            "stale_since": image.stale_since,
             "dir": mounted.options.directory,
             "mode": mounted.mode,
             "mode_reason": mounted.mode_reason,

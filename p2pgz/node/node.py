@@ -30,7 +30,7 @@ from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
 from p2pgz.node.peering import Peering
 from p2pgz.node.upkeep import Upkeep
-from p2pgz.pool.catalog import MountRecord, TagRecord
+from p2pgz.pool.catalog import MountRecord
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.lazy import LazySource
 from p2pgz.registry.sources import Sources
@@ -45,6 +45,7 @@ from p2pgz.web.api import (
     UpgradeRequest,
     VerifyRequest,
     WaitRequest,
+    Warn,
     kept_fields,
     recorded_request,
 )
@@ -132,9 +133,6 @@ class Node:
             raise UsageError(f"mode {request.mode!r} is not known", hint=f"use one of {', '.join(MODES)}")
         async with self._in_use():
             image = await self._open(request, progress)
-            await self._pool.catalog.set_tag(
-                TagRecord(reference=image.reference, digest=image.digest, resolved=time.time())
-            )
             options = self._options(request)
             mounted = await self.mounts.mount(image, options, kept_fields(request))
             return {
@@ -182,7 +180,7 @@ class Node:
         reference = parse_reference(request.reference)
         while not self.mounts.has(options.directory):
             try:
-                tag = self._pool.catalog.tag(str(reference))
+                tag = self._pool.catalog.tag(str(reference), str(self._platform_of(request)))
                 digest = record.manifest if record is not None else tag.digest if tag is not None else None
                 image = await self._known_or_open(digest, request)
                 replaces = record.id if record is not None else ""
@@ -251,16 +249,19 @@ class Node:
         async with self._in_use():
             image = await self._open(request, progress)
             rows = list_directory(image.tree, os.fsencode(request.path or "/"), recursive=request.recursive)
-            return {"lines": format_rows(rows), "entries": [row.to_json() for row in rows]}
+            entries = [row.to_json() for row in rows]
+            return {"lines": format_rows(rows), "entries": entries, "warnings": _staleness(image)}
 
-    async def read_file(self, request: MountRequest) -> AsyncIterator[memoryview]:
+    async def read_file(self, request: MountRequest, warn: Warn) -> AsyncIterator[memoryview]:
         """The bytes of one file."""
         async with self._in_use():
             image = await self._open(request, _silent)
+            for warning in _staleness(image):
+                warn(warning)
             async for piece in files.read_path(image, self._fetcher, os.fsencode(request.path)):
                 yield piece
 
-    async def read_digest(self, request: GetRequest) -> AsyncIterator[bytes]:
+    async def read_digest(self, request: GetRequest, warn: Warn) -> AsyncIterator[bytes]:
         """A chunk, TOC, manifest or config that is here, or can be fetched because its image is known here."""
         digest = Digest.parse(request.digest)
         async with self._in_use():
@@ -273,7 +274,8 @@ class Node:
                 image = self.mounts.image_at(request.directory)
                 return await verify_image(image, self._pool, self._fetcher, fetch=False, progress=progress)
             image = await self._open(request, progress)
-            return await verify_image(image, self._pool, self._fetcher, fetch=True, progress=progress)
+            found = await verify_image(image, self._pool, self._fetcher, fetch=True, progress=progress)
+            return {**found, "warnings": _staleness(image)}
 
     async def pool_gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]:
         """Give back what the pool need not hold."""
@@ -301,11 +303,14 @@ class Node:
         return await self._opener.open(
             reference,
             source,
-            platform=Platform.parse(request.platform) if request.platform else self._platform,
+            platform=self._platform_of(request),
             allow_unverified_toc=request.allow_unverified_toc,
             progress=progress,
             insist_on_platform=bool(request.platform),
         )
+
+    def _platform_of(self, request: MountRequest) -> Platform:
+        return Platform.parse(request.platform) if request.platform else self._platform
 
     @asynccontextmanager
     async def _in_use(self) -> AsyncIterator[None]:
@@ -325,6 +330,11 @@ class Node:
             if left <= 0:
                 return
             await trio.sleep(min(left, 0.5) if self.mounts.count or self.busy else left)
+
+
+def _staleness(image: OpenImage) -> list[str]:
+    """The warning that its tag may mean something else by now; the others were said when it was opened first."""
+    return image.warnings[-1:] if image.stale_since is not None else []
 
 
 async def _silent(_: dict[str, Any]) -> None:

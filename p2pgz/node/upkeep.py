@@ -17,7 +17,7 @@ from p2pgz.core.schedule import Priority
 from p2pgz.errors import ImageNotFound
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
-from p2pgz.pool.catalog import ImageRecord
+from p2pgz.pool.catalog import USER, ImageRecord
 from p2pgz.pool.evictor import Evictor, Users
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.scrub import IDLE_AFTER_SECONDS, Scrubber
@@ -63,11 +63,13 @@ class Upkeep:
 
     def status(self) -> dict[str, Any]:
         """What `pool` in the status document says of this."""
-        pins = self._pool.catalog.pins()
         return {
             **self.evictor.status(),
             **self._scrubber.status(),
-            "pins": [{"ref": reference, "digest": str(digest)} for digest, reference in pins.items()],
+            "pins": [
+                {"ref": pin.reference, "digest": str(pin.manifest), "owner": pin.owner.partition(" ")[0]}
+                for pin in self._pool.catalog.pins()
+            ],
         }
 
     async def gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]:
@@ -96,30 +98,36 @@ class Upkeep:
             self._config.scrub_bytes_per_second if rate is None else rate, progress
         )
 
-    async def pin(self, image: OpenImage) -> dict[str, Any]:
-        """Keep the chunks of an image, whatever the quota says. Fetches nothing."""
+    async def pin(self, image: OpenImage, *, owner: str = USER) -> dict[str, Any]:
+        """Keep the chunks of an image, whatever the quota says, until `owner` unpins it. Fetches nothing."""
         now = time.time()
-        for domain in {segment.domain for segment in image.segments}:
+        segments = image.all_segments
+        for domain in {segment.domain for segment in segments}:
             await self._pool.catalog.put_image(
                 ImageRecord(
                     manifest=image.digest,
                     reference=image.reference,
                     tree_path=str(image.tree_path),
-                    segments=tuple(segment.id for segment in image.segments if segment.domain == domain),
+                    segments=tuple(segment.id for segment in segments if segment.domain == domain),
                     created=now,
                     domain=domain,
                 )
             )
-        await self._pool.catalog.pin(image.digest, image.reference, now)
+        await self._pool.catalog.pin(image.digest, image.reference, now, owner=owner)
         return {"reference": image.reference, "digest": str(image.digest), "bytes": image.chunk_bytes}
 
     async def unpin(self, request: UnpinRequest) -> dict[str, Any]:
         """Let it be evicted again."""
-        pins = self._pool.catalog.pins()
-        found = [digest for digest, ref in pins.items() if request.reference in (ref, str(digest))]
+        pins = [
+            pin
+            for pin in self._pool.catalog.pins()
+            if request.reference in (pin.reference, str(pin.manifest))
+        ]
+        found = [pin.manifest for pin in pins if pin.owner == USER]
         if not found:
             raise ImageNotFound(
-                f"{request.reference}: not pinned", hint="`p2pgz pool stat` lists the pinned images"
+                f"{request.reference}: not pinned" + (" by hand" if pins else ""),
+                hint="a seed keeps it" if pins else "`p2pgz pool stat` lists the pinned images",
             )
         for digest in found:
             await self._pool.catalog.unpin(digest)

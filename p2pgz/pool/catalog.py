@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import trio
@@ -43,11 +44,37 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TagRecord:
-    """What a reference meant when a registry was last asked."""
+    """The manifest that a reference meant for a platform when a registry was last asked. Times are seconds since 1970."""
 
     reference: str
+    platform: str
     digest: Digest
     resolved: float
+
+
+USER: Final = "user"
+"""the owner of what people pin themselves"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinRecord:
+    """An image that is kept. It stays pinned until its last owner lets go of it."""
+
+    manifest: Digest
+    owner: str
+    reference: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedRecord:
+    """An image that this node keeps whole for others. `request` is a document of the node's."""
+
+    reference: str
+    platform: str
+    origin: str
+    request: str
+    since: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,35 +186,57 @@ class Catalog:
     async def set_tag(self, tag: TagRecord) -> None:
         """Remember what a reference means."""
         await self._execute(
-            "INSERT OR REPLACE INTO tags(reference, digest, resolved) VALUES(?, ?, ?)",
-            (tag.reference, tag.digest.raw, tag.resolved),
+            "INSERT OR REPLACE INTO tags(reference, platform, digest, resolved) VALUES(?, ?, ?, ?)",
+            (tag.reference, tag.platform, tag.digest.raw, tag.resolved),
         )
 
-    def tag(self, reference: str) -> TagRecord | None:
-        """What a reference meant when it was last resolved."""
+    def tag(self, reference: str, platform: str) -> TagRecord | None:
+        """What a reference meant for a platform when it was last resolved."""
         for raw, resolved in self._index.rows(
-            "SELECT digest, resolved FROM tags WHERE reference = ?", (reference,)
+            "SELECT digest, resolved FROM tags WHERE reference = ? AND platform = ?", (reference, platform)
         ):
-            return TagRecord(reference=reference, digest=Digest(raw), resolved=resolved)
+            return TagRecord(reference=reference, platform=platform, digest=Digest(raw), resolved=resolved)
         return None
 
-    async def pin(self, manifest: Digest, reference: str, since: float) -> None:
+    async def pin(self, manifest: Digest, reference: str, since: float, *, owner: str = USER) -> None:
         """Keep an image's chunks whatever the quota says. Idempotent."""
         await self._execute(
-            "INSERT OR IGNORE INTO pins(manifest, reference, since) VALUES(?, ?, ?)",
-            (manifest.raw, reference, since),
+            "INSERT OR IGNORE INTO pins(manifest, owner, reference, since) VALUES(?, ?, ?, ?)",
+            (manifest.raw, owner, reference, since),
         )
 
-    async def unpin(self, manifest: Digest) -> None:
-        """Undo `pin`."""
-        await self._execute("DELETE FROM pins WHERE manifest = ?", (manifest.raw,))
+    async def unpin(self, manifest: Digest, *, owner: str = USER) -> None:
+        """Undo `pin` of the same owner."""
+        await self._execute("DELETE FROM pins WHERE manifest = ? AND owner = ?", (manifest.raw, owner))
 
-    def pins(self) -> dict[Digest, str]:
-        """Pinned manifests and the references they were pinned by."""
-        return {
-            Digest(raw): reference
-            for raw, reference in self._index.rows("SELECT manifest, reference FROM pins")
-        }
+    def pins(self, owner: str | None = None) -> list[PinRecord]:
+        """What is pinned, by whom (or by this owner alone), and the references it was pinned by."""
+        rows = self._index.rows("SELECT manifest, owner, reference, since FROM pins ORDER BY since, owner")
+        return [
+            PinRecord(manifest=Digest(raw), owner=of, reference=reference, since=since)
+            for raw, of, reference, since in rows
+            if owner in (None, of)
+        ]
+
+    async def put_seed(self, seed: SeedRecord) -> None:
+        """Remember a seed, replacing what was known of it."""
+        await self._execute(
+            "INSERT OR REPLACE INTO seeds(reference, platform, origin, request, since) VALUES(?, ?, ?, ?, ?)",
+            (seed.reference, seed.platform, seed.origin, seed.request, seed.since),
+        )
+
+    async def remove_seed(self, reference: str, platform: str) -> None:
+        """Forget a seed."""
+        await self._execute("DELETE FROM seeds WHERE reference = ? AND platform = ?", (reference, platform))
+
+    def seeds(self) -> list[SeedRecord]:
+        """All seeds on record."""
+        return [
+            SeedRecord(reference=reference, platform=platform, origin=origin, request=request, since=since)
+            for reference, platform, origin, request, since in self._index.rows(
+                "SELECT reference, platform, origin, request, since FROM seeds ORDER BY since, reference"
+            )
+        ]
 
     def pinned_segments(self) -> set[tuple[str, Digest]]:
         """Domain and id of the segments of pinned images, as far as the images are on record."""

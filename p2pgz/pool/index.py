@@ -27,7 +27,7 @@ from p2pgz.pool.disk import Disk, Reserve
 log = structlog.get_logger(component="pool")
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 # SQLite refuses more parameters than 32766 in a statement
 _KEYS_PER_QUERY: Final = 8192
 _SCHEMA: Final = """
@@ -58,13 +58,31 @@ CREATE TABLE objects(domain TEXT NOT NULL, digest BLOB NOT NULL, size INTEGER NO
 CREATE TABLE images(domain TEXT NOT NULL, manifest BLOB NOT NULL, reference TEXT NOT NULL,
     tree_path TEXT NOT NULL, segments BLOB NOT NULL, created REAL NOT NULL, last_mount REAL NOT NULL,
     PRIMARY KEY(manifest, domain)) WITHOUT ROWID;
-CREATE TABLE tags(reference TEXT PRIMARY KEY, digest BLOB NOT NULL, resolved REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE pins(manifest BLOB PRIMARY KEY, reference TEXT NOT NULL,
-    since REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE tags(reference TEXT NOT NULL, platform TEXT NOT NULL, digest BLOB NOT NULL,
+    resolved REAL NOT NULL,
+    PRIMARY KEY(reference, platform)) WITHOUT ROWID;
+CREATE TABLE pins(manifest BLOB NOT NULL, owner TEXT NOT NULL, reference TEXT NOT NULL,
+    since REAL NOT NULL,
+    PRIMARY KEY(manifest, owner)) WITHOUT ROWID;
+CREATE TABLE seeds(reference TEXT NOT NULL, platform TEXT NOT NULL, origin TEXT NOT NULL,
+    request TEXT NOT NULL, since REAL NOT NULL,
+    PRIMARY KEY(reference, platform)) WITHOUT ROWID;
 CREATE TABLE mounts(id TEXT PRIMARY KEY, directory TEXT NOT NULL, manifest BLOB NOT NULL,
     options TEXT NOT NULL, since REAL NOT NULL) WITHOUT ROWID;
 """
 
+# From version 1: tags did not say for which platform (they are resolved again), pins not whose they are (users')
+_FROM_1: Final = (
+    "DROP TABLE tags",
+    "ALTER TABLE pins RENAME TO pins_1",
+    *(
+        statement
+        for statement in _SCHEMA.split(";")
+        if statement.strip().startswith(("CREATE TABLE tags", "CREATE TABLE pins", "CREATE TABLE seeds"))
+    ),
+    "INSERT INTO pins SELECT manifest, 'user', reference, since FROM pins_1",
+    "DROP TABLE pins_1",
+)
 
 _UNUSABLE: Final = (
     apsw.AuthError,
@@ -271,6 +289,11 @@ def _connect(path: Path, disk: Disk) -> apsw.Connection:
                     pass
                 connection.pragma("user_version", SCHEMA_VERSION)
             return connection
+        if version == 1:
+            with connection:
+                for statement in _FROM_1:
+                    connection.execute(statement)
+                connection.pragma("user_version", SCHEMA_VERSION)
         clean = list(connection.execute("SELECT value FROM facts WHERE name = 'clean'"))
         # after a clean stop nobody but us touched it; else look at every page before anything relies on one
         if clean != [(1,)]:

@@ -152,12 +152,14 @@ class Authenticator:
                 body = await response.read(MAX_TOKEN_BYTES)
         except TransportError as error:
             what = f"token service of {self._host}: {error.what}"
-            raise TransportError(what, fatal=error.fatal, hint=error.hint) from error
+            raise TransportError(
+                what, not_tls=error.not_tls, fatal=error.fatal, answered=error.answered, hint=error.hint
+            ) from error
         if status in (400, 401, 403):
             raise self._refused(f"the token service {realm.netloc} refuses us")
         if status != 200 or body is None:
             what = f"token service of {self._host}: {realm} answers with status {status}"
-            raise TransportError(what, fatal=status < 500 and status != 429)
+            raise TransportError(what, fatal=status < 500 and status != 429, answered=status < 500)
         return self._parse(body, started, realm)
 
     def _realm(self, challenge: Challenge) -> Url:

@@ -20,7 +20,15 @@ import structlog
 import trio
 
 from p2pgz.core.strictjson import parse_strict
-from p2pgz.errors import AuthRefused, ConfigError, ImageInvalid, ImageNotFound, P2pgzError, SourceUnavailable
+from p2pgz.errors import (
+    AuthRefused,
+    ConfigError,
+    ImageInvalid,
+    ImageNotFound,
+    P2pgzError,
+    SourceUnavailable,
+    SourceUnreachable,
+)
 from p2pgz.registry.auth import Authenticator
 from p2pgz.registry.credentials import CredentialStore
 from p2pgz.registry.hosts import Endpoint, endpoints_for
@@ -202,8 +210,7 @@ class RegistryClient:
                     raise way.auth.refused(401)
                 await way.auth.challenged(challenge, scope, authorization)
             except TransportError as error:
-                wrapped = SourceUnavailable(f"{self.name}: {error.what}", hint=error.hint)
-                raise TroubleError(wrapped, again=not error.fatal) from error
+                raise TroubleError(error.to_error(self.name), again=not error.fatal) from error
             except (
                 AuthRefused,
                 SourceUnavailable,
@@ -292,27 +299,30 @@ class RegistryClient:
         status = response.status
         if status in wish.accepts:
             return response
+        if status < 500 and not way.endpoint.mirror:
+            self.stats.refused_at = trio.current_time()
         async with response:
             said = await _error_text(response) if wish.method != "HEAD" else ""
         what = f"{self.name}: {wish.method} {response.url} answers with status {status}{said}"
         if status == 404 and not redirected:
-            kind, _, name = wish.path.partition("/")
-            tagged = kind == "manifests" and ":" not in name
-            noun = "tag" if tagged else {"manifests": "manifest", "blobs": "blob"}.get(kind, kind)
+            part, _, name = wish.path.partition("/")
+            tagged = part == "manifests" and ":" not in name
+            noun = "tag" if tagged else {"manifests": "manifest", "blobs": "blob"}.get(part, part)
             hint = "see that repository and tag are spelled right" if tagged else ""
             error = ImageNotFound(f"{self.name}: no {noun} {name[:200]}{said}", hint=hint)
             raise TroubleError(error, blame=False)
         if status in (401, 403) and not redirected:
             refused = way.auth.refused(status)
             raise TroubleError(AuthRefused(refused.what + said, hint=refused.hint), blame=False)
+        kind = SourceUnreachable if status >= 500 else SourceUnavailable
         after_seconds = _retry_after(response.headers.get("retry-after", ""))
         if after_seconds > LONGEST_RETRY_AFTER_SECONDS:
-            raise TroubleError(SourceUnavailable(what, hint=f"it asks to come back in {after_seconds:.0f} s"))
+            raise TroubleError(kind(what, hint=f"it asks to come back in {after_seconds:.0f} s"))
         if status in (429, 503) and not redirected and not way.endpoint.mirror:
             way.not_before = trio.current_time() + after_seconds
         # a refusal by storage: the signature expired while we were on the way, and the registry gives a new one
         again = status in _PASSING or (redirected and status in (401, 403, 404))
-        raise TroubleError(SourceUnavailable(what), again=again, after_seconds=after_seconds)
+        raise TroubleError(kind(what), again=again, after_seconds=after_seconds)
 
 
 @asynccontextmanager

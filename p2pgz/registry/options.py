@@ -38,6 +38,8 @@ class RegistryStats:
     """body bytes sent"""
     retries: int = 0
     """requests sent again after a failure"""
+    refused_at: float = float("-inf")
+    """when the registry itself, none of its mirrors, last answered that it will not do as asked: it is there"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

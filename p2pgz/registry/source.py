@@ -126,9 +126,7 @@ class RegistrySource:
 
     def _trouble(self, error: TransportError | ImageInvalid | SourceUnavailable) -> TroubleError:
         if isinstance(error, TransportError):
-            return TroubleError(
-                SourceUnavailable(f"{self.name}: {error.what}", hint=error.hint), again=not error.fatal
-            )
+            return TroubleError(error.to_error(self.name), again=not error.fatal)
         return TroubleError(error)
 
     @asynccontextmanager

@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Protocol
 
+import trio
+
 from p2pgz.config import RegistryConfig
 from p2pgz.core.reference import Reference
 from p2pgz.registry.layout import LayoutSource
@@ -37,6 +39,7 @@ class Sources:
         self._config = config
         self._stack = stack
         self._open: dict[tuple[object, ...], RegistrySource | LayoutSource] = {}
+        self._opening = trio.Lock()
 
     async def get(self, reference: Reference, request: Access) -> RegistrySource | LayoutSource:
         """A source for the reference as the request wants to reach it."""
@@ -51,10 +54,14 @@ class Sources:
         # an archive that was replaced is another one; images of the old one keep reading from the old file
         version = Path(reference.path).stat().st_mtime_ns if Path(reference.path).is_file() else 0
         key = (reference.transport, reference.host, reference.repository, reference.path, version, options)
-        source = self._open.get(key)
-        if source is None:
-            source = await self._stack.enter_async_context(open_source(reference, options))
-            self._open[key] = source
+        if (source := self._open.get(key)) is not None:
+            await trio.lowlevel.checkpoint()
+            return source
+        async with self._opening:  # one client for all who come at once: they share its token
+            source = self._open.get(key)
+            if source is None:
+                source = await self._stack.enter_async_context(open_source(reference, options))
+                self._open[key] = source
         return source
 
     def totals(self) -> dict[str, int]:

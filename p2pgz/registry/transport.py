@@ -21,7 +21,7 @@ import httpcore2
 import trio
 
 from p2pgz import __version__
-from p2pgz.errors import ConfigError, SourceUnavailable
+from p2pgz.errors import ConfigError, SourceUnavailable, SourceUnreachable
 from p2pgz.registry.options import RegistryStats
 
 CONNECT_SECONDS = (
@@ -54,14 +54,30 @@ class TransportError(Exception):
     """A request got no answer, or its answer broke off. `not_tls`: the other side does not speak TLS at all.
 
     `fatal`: asking again is useless until somebody changes something (a certificate that nobody vouches for).
+    `answered`: there was an answer, and it was a refusal.
     """
 
-    def __init__(self, what: str, *, not_tls: bool = False, fatal: bool = False, hint: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        not_tls: bool = False,
+        fatal: bool = False,
+        answered: bool = False,
+        hint: str = "",
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.hint = hint
         self.not_tls = not_tls
         self.fatal = fatal
+        self.answered = answered
+
+    def to_error(self, where: str) -> SourceUnavailable:
+        """As the caller's error: whether nobody is there, or somebody who cannot or will not answer."""
+        there = self.not_tls or self.fatal or self.answered
+        kind = SourceUnavailable if there else SourceUnreachable
+        return kind(f"{where}: {self.what}", hint=self.hint)
 
 
 @dataclass(frozen=True, slots=True)

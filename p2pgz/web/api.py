@@ -24,12 +24,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from p2pgz.mount.records import MountDocument
-from p2pgz.web.streaming import Progress, error_event, events, frames
+from p2pgz.web.streaming import Progress, Warn, error_event, events, frames
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Control", "Progress", "create_app", "error_event", "handler"]
+__all__ = ["Control", "Progress", "Warn", "create_app", "error_event", "handler"]
 
 
 class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,9 +121,9 @@ class Control(Protocol):
 
     async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
 
-    def read_file(self, request: MountRequest) -> AsyncIterator[Buffer]: ...
+    def read_file(self, request: MountRequest, warn: Warn) -> AsyncIterator[Buffer]: ...
 
-    def read_digest(self, request: GetRequest) -> AsyncIterator[Buffer]: ...
+    def read_digest(self, request: GetRequest, warn: Warn) -> AsyncIterator[Buffer]: ...
 
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]: ...
 

@@ -29,6 +29,8 @@ log = structlog.get_logger(component="control")
 REQUEST_MAX_BYTES = 1 << 20
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
+Warn = Callable[[str], None]
+"""what people should know about the bytes that they get"""
 
 
 def error_event(error: P2pgzError) -> dict[str, Any]:
@@ -129,18 +131,20 @@ async def events(
 
 
 async def frames(
-    call: Callable[[Any], AsyncIterator[Buffer]], shape: type[Any], request: Request
+    call: Callable[[Any, Warn], AsyncIterator[Buffer]], shape: type[Any], request: Request
 ) -> Response:
     """Answer a request of this shape with the bytes that the call gives."""
     parsed = await _parse(request, shape)
 
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
+        warnings: list[str] = []
+
         async def work() -> dict[str, Any]:
-            async for piece in call(_value(parsed)):
+            async for piece in call(_value(parsed), warnings.append):
                 data = bytes(piece)
                 if data:
                     await body(struct.pack(">I", len(data)) + data)
-            return {}
+            return {"warnings": warnings}
 
         last = await _outcome(work)
         await body(struct.pack(">I", 0) + _line(last))

@@ -219,7 +219,9 @@ class Life:
                 await catalog.put_image(image)
                 self.disk.log.note(Recorded(f"image {digest}", image))
             case "tag":
-                tag = TagRecord(reference=f"tag-{digest.hex[:2]}", digest=digest, resolved=stamp)
+                tag = TagRecord(
+                    reference=f"tag-{digest.hex[:2]}", platform="linux/amd64", digest=digest, resolved=stamp
+                )
                 self.about(f"tag {tag.reference}")
                 await catalog.set_tag(tag)
                 self.disk.log.note(Recorded(f"tag {tag.reference}", tag))

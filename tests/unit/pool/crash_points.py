@@ -175,14 +175,14 @@ async def check_records(world: World, pool: Pool, old: dict[str, Any]) -> None:
         if await pool.get_object(digest) not in (None, data):
             raise Wrong(f"another document under {digest}")
     there: dict[str, Any] = {f"image {image.manifest}": image for image in catalog.images()}
-    there |= {f"pin {digest}": reference for digest, reference in catalog.pins().items()}
+    there |= {f"pin {pin.manifest}": pin.reference for pin in catalog.pins()}
     there |= {f"mount {mount.id}": mount for mount in catalog.mounts()}
     for key, value in old.items():
         kind, _, name = key.partition(" ")
         if kind == "object":
             there[key] = value if await pool.get_object(value) is not None else None
         elif kind == "tag":
-            there[key] = catalog.tag(name)
+            there[key] = catalog.tag(name, "linux/amd64")
         if value is not None and there.get(key) != value:
             raise Wrong(f"{key} is {there.get(key)}, not {value}")
 

@@ -1,0 +1,51 @@
+"""Commands while the registry is down: the tag means what it meant, and everybody is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from p2pgz.testing.registry_faults import Fault
+from tests.e2e.cli.fake_registry_thread import RegistryThread
+from tests.e2e.cli.layouts import Layout, tar_layer
+from tests.e2e.cli.running import P2pgz, mounted, umount
+
+pytestmark = pytest.mark.root
+
+
+def test_commands_go_on_with_the_last_digest_and_say_so(
+    p2pgz: P2pgz, registry: RegistryThread, home: Path
+) -> None:
+    layout = Layout(home / "layout").add("t", tar_layer({"file": b"contents\n"}))
+    reference = f"{registry.address}/team/app:1"
+    p2pgz.ok("convert", layout, reference)
+    p2pgz.start_node()
+    with mounted(p2pgz, reference, home / "first", "--json") as done:
+        digest = done.json()["digest"]
+        assert done.json()["warnings"] == []
+        registry.spoil(Fault(status=503, headers={"Retry-After": "3600"}, times=10_000))
+        (home / "second").mkdir()
+        done = p2pgz.ok("mount", reference, home / "second", "--json")
+        [warning] = done.json()["warnings"]
+        assert "cannot be reached" in warning
+        assert done.json()["digest"] == digest
+        assert (home / "second" / "file").read_bytes() == b"contents\n"
+        stale = {mount["dir"]: mount["stale_since"] for mount in p2pgz.status()["mounts"]}
+        assert stale[str(home / "first")] is None
+        assert stale[str(home / "second")] > 1e9
+        umount(home / "second")
+
+        for words, expected in ((("cat", reference, "/file"), "contents\n"), (("ls", reference), "file")):
+            done = p2pgz.ok(*words)
+            assert expected in done.out
+            assert "cannot be reached" in done.err
+        done = p2pgz.ok("ls", "--json", reference)
+        assert isinstance(json.loads(done.out), list)
+        done = p2pgz.ok("verify", "--json", reference)
+        assert "cannot be reached" in done.json()["warnings"][0]
+
+        assert "by digest it can be had" in p2pgz.fails(13, "ls", f"{registry.address}/team/app:2")
+    registry.spoil()
+    assert p2pgz.ok("cat", reference, "/file").err == ""
