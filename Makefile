@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills crash-points lint format coverage wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills crashpoints lint format coverage wheel-test docs lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -35,8 +35,8 @@ kills:
 	@.venv/bin/python -m tests.e2e.restart.kills $(ARGS)
 
 # Thousands of states that a power failure can leave a pool in, each recovered from; one line of JSON.
-# make crash-points ARGS="--states 20000 --seed 7"
-crash-points:
+# make crashpoints ARGS="--states 20000 --seed 7"
+crashpoints:
 	@.ci/setup test
 	@.venv/bin/python -m tests.unit.pool.crash_points $(ARGS)
 

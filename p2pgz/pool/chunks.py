@@ -299,11 +299,13 @@ class ChunkStore:
         # whatever the index manages to write, nobody relies on these from now on
         for n in chunks:
             segment.on_record.clear(n)
-        await self._index.write(
-            lambda connection: erase(connection, segment, chunks, record), durable=durable
-        )
-        segment.on_record = record
-        segment.held_bytes = held_bytes
+        try:
+            await self._index.write(
+                lambda connection: erase(connection, segment, chunks, record), durable=durable
+            )
+            segment.on_record = record
+        finally:
+            segment.held_bytes = held_bytes  # of what `on_record` says, either way
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -166,9 +166,10 @@ class Index:
             self._reserve.fill()
 
     def close(self) -> None:
-        """Close the database, folding the log into it. Blocks."""
+        """Close the database, folding the log into it if there is room. Blocks."""
         self._reader.close()
-        self._writer.close()
+        with suppress(apsw.FullError):  # the log stays, and is read at the next start
+            self._writer.close()
 
     async def write(self, change: Callable[[apsw.Connection], T], *, durable: bool = False) -> T:
         """Run `change` in a transaction; `durable`: it is on the disk before this returns.

@@ -33,6 +33,8 @@ class RecordingDisk(Disk):
         self.log = log
         self.during_sync: Callable[[], None] = lambda: None
         """called, in its thread, between the begin and the end of a file's sync"""
+        self.is_full = False
+        """SQLite's files do not grow until some space is given back"""
         self._by_inode: dict[int, int] = {}
         for directory, names in log.live.names.items():
             for name, file in names.items():
@@ -104,6 +106,7 @@ class RecordingDisk(Disk):
         """Punch and record."""
         with self.log.lock:
             super().punch(fd, offset, count)
+            self.is_full = False
             self.log.punch(self.file(fd), offset, count)
 
     def fsync(self, fd: int) -> None:
@@ -179,6 +182,7 @@ class RecordedFile(apsw.VFSFile):
         self, disk: RecordingDisk, name: str | apsw.URIFilename | None, flags: list[int], directory: str
     ) -> None:
         super().__init__("", name, flags)
+        self._disk = disk
         self._log = disk.log
         self._directory = directory
         self.file = 0
@@ -187,6 +191,8 @@ class RecordedFile(apsw.VFSFile):
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
         """Write and record."""
+        if self._disk.is_full:
+            raise apsw.FullError("no room, says the test")
         with self._log.lock:
             super().xWrite(data, offset)
             self._log.write(self.file, offset, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,15 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.model import ChunkKind
+from p2pgz.errors import PoolFull
 from p2pgz.pool.catalog import ImageRecord, MountRecord, TagRecord
+from p2pgz.pool.evictor import Evictor
 from p2pgz.pool.pool import Pool, Segment, SegmentMeta
+from p2pgz.pool.removal import Acknowledge
 from p2pgz.testing.conformance_pool import Layer
 from p2pgz.testing.crash_disk import RecordingDisk
 
+FULL_AT_START = 0.3
 CHECKPOINT_PAGES = 24  # SQLite's 1000 are never reached here
 
 Chunk = tuple[int, int]
@@ -92,6 +97,37 @@ class Recorded:
     value: Any
 
 
+class ToldPool(Pool):
+    """Says what it is about to remove, whoever decided so."""
+
+    on_removing: Callable[[Segment, Iterable[int]], None]
+
+    async def remove_chunks(self, segment: Segment, chunks: Iterable[int], acknowledge: Acknowledge) -> int:
+        chosen = list(chunks)
+        self.on_removing(segment, chosen)
+        return await super().remove_chunks(segment, chosen, acknowledge)
+
+    async def renew_segment(self, segment: Segment, is_unused: Callable[[], bool]) -> int:
+        self.on_removing(segment, range(segment.table.chunk_count))
+        return await super().renew_segment(segment, is_unused)
+
+
+class Nobody:
+    """No process reads the pool's files."""
+
+    def mounted(self) -> tuple[Segment, ...]:
+        return ()
+
+    def is_mapped(self, segment: Segment) -> bool:
+        return False
+
+    def may_punch(self) -> bool:
+        return True
+
+    async def acknowledge(self, segment: Segment) -> None:
+        await acknowledge()
+
+
 class Life:
     """A pool and what is done to it, on a disk that records."""
 
@@ -101,14 +137,17 @@ class Life:
         self.rng = rng
         self.clock = clock
         self.checkpoint_pages = rng.choice((CHECKPOINT_PAGES, 1000))
-        self.pool: Pool
+        self.pool: ToldPool
         self.steps: dict[str, tuple[int, Callable[[], Any]]] = {
             "add": (8, self.add),
             "add while syncing": (2, self.add_while_syncing),
             "copy": (2, self.copy),
             "remove": (2, self.remove),
+            "remove on a full disk": (1, self.remove_on_a_full_disk),
+            "evict": (2, self.evict),
             "drop": (1, self.drop),
             "flush": (2, self.flush),
+            "flush on a full disk": (1, self.flush_on_a_full_disk),
             "tick": (7, self.tick),
             "document": (2, self.document),
             "record": (3, self.record),
@@ -121,8 +160,11 @@ class Life:
         names, weights = list(self.steps), [weight for weight, _ in self.steps.values()]
         left = steps
         while left > 0:
-            async with opened(self.disk) as self.pool:
+            async with opened(self.disk, ToldPool) as self.pool:
+                self.pool.on_removing = self.note_removing
                 self.pool._index._writer.wal_autocheckpoint(self.checkpoint_pages)
+                if self.rng.random() < FULL_AT_START:  # nothing else has made anything durable in this run
+                    await self.remove_on_a_full_disk()
                 for which in range(len(self.world.layers)):
                     await self.revive(which)
                 for _ in range(min(left, self.rng.randint(steps // 3, steps))):
@@ -177,19 +219,51 @@ class Life:
     async def remove(self) -> None:
         which = self.some_layer()
         segment, chunks = await self.segment(which), self.some_chunks(which, 4)
-        if segment.native_served:
-            return
+        if not segment.native_served:
+            await self.pool.remove_chunks(segment, chunks, acknowledge)
+
+    def note_removing(self, segment: Segment, chunks: Iterable[int]) -> None:
+        [which] = [n for n, layer in enumerate(self.world.layers) if layer.toc.digest == segment.id]
         self.disk.log.note(Removing(frozenset((which, n) for n in chunks)))
-        await self.pool.remove_chunks(segment, chunks, acknowledge)
+
+    async def remove_on_a_full_disk(self) -> None:
+        """The index cannot say what goes before the space of it is free."""
+        segments = [await self.segment(which) for which in range(len(self.world.layers))]
+        there = [
+            (segment, n)
+            for segment in segments
+            for n in range(segment.table.chunk_count)
+            if segment.presence.has(n) and not segment.native_served
+        ]
+        if there:
+            segment, n = self.rng.choice(there)
+            self.disk.is_full = True
+            await self.pool.remove_chunks(segment, [n], acknowledge)
+            self.disk.is_full = False
+
+    async def evict(self) -> None:
+        """Cold chunks go; whole files of segments that a kernel may have read by itself."""
+        for segment in self.pool.segments():
+            for n in range(segment.table.chunk_count):
+                segment.used_at[n] = self.rng.randrange(100)  # by chance, not by how fast this machine is
+        await Evictor(self.pool, users=Nobody()).evict(self.rng.choice((1, 20_000, 100_000)))
 
     async def drop(self) -> None:
         which = self.some_layer()
         segment = await self.segment(which)
-        self.disk.log.note(Removing(frozenset((which, n) for n in range(segment.table.chunk_count))))
+        self.note_removing(segment, range(segment.table.chunk_count))
         await self.pool.drop_segment(segment, acknowledge)
 
     async def flush(self) -> None:
         await self.pool.flush()
+
+    async def flush_on_a_full_disk(self) -> None:
+        """Synced chunks that cannot be written down wait for room."""
+        await self.add()
+        self.disk.is_full = True
+        with suppress(PoolFull):
+            await self.pool.flush()
+        self.disk.is_full = False
 
     async def tick(self) -> None:
         """Time passes, and what the pool does once a second is done."""
@@ -260,5 +334,5 @@ async def acknowledge() -> None:
     await trio.lowlevel.checkpoint()
 
 
-def opened(disk: RecordingDisk) -> Any:
-    return Pool.open(disk.root, boot_id="boot", check_filesystem=False, disk=disk)
+def opened(disk: RecordingDisk, kind: type[Pool] = Pool) -> Any:
+    return kind.open(disk.root, boot_id="boot", check_filesystem=False, disk=disk)

@@ -1,4 +1,4 @@
-"""Power failures of a pool: `make crash-points`, or `python -m tests.unit.pool.crash_points --states 5000 --seed 1`.
+"""Power failures of a pool: `make crashpoints`, or `python -m tests.unit.pool.crash_points --states 5000 --seed 1`.
 
 Each seed lives one life of a pool on a recording disk: chunks added, copied, revived and removed in batches, segments made
 and dropped, documents and records kept, clean stops in between. From the record come the states that a crash can leave,
@@ -291,7 +291,7 @@ def run(
                 break
     figures = campaign.figures
     return {
-        "campaign": "crash-points",
+        "campaign": "crashpoints",
         "seed": seed,
         "seeds": figures.seeds,
         "states": figures.states,

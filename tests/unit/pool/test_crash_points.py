@@ -1,19 +1,23 @@
-"""The short version of `make crash-points`, and that it notices what it is there for."""
+"""The short version of `make crashpoints`, and that it notices what it is there for."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
+from p2pgz.pool.index import Index
 from p2pgz.testing.crash_disk import RecordingDisk, recording
+from tests.unit.pool import crash_life
 from tests.unit.pool.crash_points import run
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", [2, 5])
+@pytest.mark.parametrize("seed", [2])
 def test_every_crash_of_a_life_is_recovered_from(seed: int) -> None:
     figures = run(seed)
     print(json.dumps(figures))
@@ -21,7 +25,7 @@ def test_every_crash_of_a_life_is_recovered_from(seed: int) -> None:
     assert figures["states"] > 100
 
 
-@pytest.mark.parametrize("seed", range(20, 24))
+@pytest.mark.parametrize("seed", range(20, 23))
 def test_crashes_of_other_lives_are_recovered_from(seed: int) -> None:
     figures = run(seed, share=0.1)
     print(json.dumps(figures))
@@ -39,3 +43,18 @@ def test_a_disk_that_does_not_sync_is_noticed() -> None:
     figures = run(1, share=0.3, most_faults=40, make_disk=partial(recording, kind=Forgetful))
     assert any("bytes are lost" in fault for fault in figures["faults"])
     assert any("check_content" in fault for fault in figures["faults"])  # wrong bytes after a "clean" stop
+
+
+def test_a_flag_that_is_not_durable_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any later removal carries the flag along, since the log is synced as a whole: the one that cannot is the first of a
+    run, on a disk so full that its space has to be freed before the index can say so."""
+    write = Index.write
+
+    async def hasty(self: Index, change: Callable[..., Any], *, durable: bool = False) -> Any:
+        begins = change.__qualname__.startswith("_begin.")
+        return await write(self, change, durable=durable and not begins)
+
+    monkeypatch.setattr(Index, "write", hasty)
+    monkeypatch.setattr(crash_life, "FULL_AT_START", 1.0)
+    faults = (fault for seed in range(4, 20) for fault in run(seed, share=0.3, most_faults=1)["faults"])
+    assert "check_content" in next(faults)
