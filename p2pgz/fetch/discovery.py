@@ -19,6 +19,7 @@ from p2pgz.core.peerid import PeerId
 from p2pgz.errors import P2pgzError
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.exchange import Exchange
+from p2pgz.p2p.indirect import Indirect
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.segment import SHARED_DOMAIN
 
@@ -47,6 +48,7 @@ class Discovery:
         self._pool = pool
         self._shares = shares
         self._dht: Dht | None = None
+        self._indirect: Indirect | None = None
         self._wanted: dict[bytes, float] = {}  # swarm -> when to look again
         self._wake = trio.Event()
         self._provided: dict[Digest, bool] = {}  # segment -> whether all of it
@@ -129,18 +131,25 @@ class Discovery:
                         SHA256_MULTIHASH_PREFIX + swarm, wanted=PROVIDERS_WANTED
                     ) as providers:
                         async for contact in providers:
-                            found += await self._connect(contact)
+                            found += await self.reach(contact)
             except P2pgzError as error:
                 log.debug("discovery.failed", reason=error.what)
         if not found and swarm in self._wanted:
             self._wanted[swarm] = min(self._wanted[swarm], trio.current_time() + SOON_SECONDS)
             self._wake.set()
 
-    async def _connect(self, contact: Contact) -> int:
+    async def reach(self, contact: Contact) -> int:
+        """Be connected to a peer: by its addresses, or on a stream of its own connection. Whether it is (0 or 1)."""
         peer = PeerId(contact.peer)
         if peer == self._exchange.own_id:
             return 0
         if self._exchange.connection(peer) is not None:
+            return 1
+        if (
+            self._indirect is not None
+            and self._indirect.is_preferred(peer)
+            and await self._connect_indirectly(peer)
+        ):
             return 1
         for raw in contact.addresses:
             try:
@@ -150,18 +159,29 @@ class Discovery:
                 log.debug("discovery.dial_failed", peer=str(peer), reason=str(error))
                 continue
             return 1
-        return 0
+        return await self._connect_indirectly(peer)
+
+    async def _connect_indirectly(self, peer: PeerId) -> int:
+        if self._indirect is None:
+            return 0
+        try:
+            await self._indirect.connect(peer)
+        except P2pgzError as error:
+            log.debug("discovery.indirect_failed", peer=str(peer), reason=error.what)
+            return 0
+        return 1
 
     async def use(self, dht: Dht) -> None:
         """Announce what the pool has to the DHT, for as long as it is open."""
         self._dht = dht
+        self._indirect = Indirect(dht.host.open_stream, self._exchange.dialler.through)
         self._wake.set()
         try:
             while True:
                 self._announce(dht)
                 await trio.sleep(ANNOUNCE_SECONDS)
         finally:
-            self._dht = None
+            self._dht = self._indirect = None
 
     def _announce(self, dht: Dht) -> None:
         announcer = dht.announcer

@@ -24,6 +24,7 @@ from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
 from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
 from p2pgz.fetch.shares import Shares
+from p2pgz.p2p import indirect
 from p2pgz.p2p.addresses import OwnAddresses
 from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
@@ -232,6 +233,7 @@ async def _run_dht(peering: Peering, admission: Admission) -> None:
             bootstrap=peering.bootstrapper.contacts,
         ) as dht:
             peering.dht_is(dht)
+            dht.host.serve_streams(indirect.PROTOCOL, peering.exchange.accept)
             dht.host.on_observed(peering.own.observed)
             peering.own.on_change = lambda found: dht.host.announce([str(address) for address in found])
             await peering.discovery.use(dht)

@@ -7,7 +7,8 @@ peer's word only, so few at a time, none again and again, and no names are looke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Final
 
 import structlog
@@ -47,7 +48,7 @@ class Dialler:
         self._nursery = nursery
         self._find = find
         self._adopt = adopt
-        self._dialling: dict[tuple[str, int], trio.Event] = {}
+        self._dialling: dict[str, trio.Event] = {}
         self._hinting: set[PeerId] = set()
         self._hinted: dict[PeerId, float] = {}
         self.twins = 0
@@ -61,44 +62,64 @@ class Dialler:
         `insist`: the caller has its own pace; only a peer that is banned is not dialled.
         Many may ask at the same time: one dials.
         """
+        return await self._one_at_a_time(
+            partial(trio.open_tcp_stream, host, port), f"{host}:{port}", expected, insist=insist
+        )
+
+    async def through(
+        self, open_stream: Callable[[], Awaitable[trio.abc.Stream]], peer: PeerId
+    ) -> Connection:
+        """The same on a stream that somebody else opens, to a peer whose addresses have just not answered."""
+        return await self._one_at_a_time(open_stream, f"stream {peer}", peer, insist=True)
+
+    async def _one_at_a_time(
+        self,
+        open_stream: Callable[[], Awaitable[trio.abc.Stream]],
+        where: str,
+        expected: PeerId | None,
+        *,
+        insist: bool,
+    ) -> Connection:
         while True:
             known = self._find(expected) if expected is not None else None
             if known is not None:
                 return known
             if expected is not None and self._is_out(expected, insist=insist):
                 raise SourceUnavailable(f"peer {expected} has lost its place for a while")
-            other = self._dialling.get((host, port))
+            other = self._dialling.get(where)
             if other is None or expected is None:
                 break
             await other.wait()
-        done = self._dialling[host, port] = trio.Event()
+        done = self._dialling[where] = trio.Event()
         try:
-            return await self._dial(host, port, expected)
+            return await self._dial(open_stream, where, expected)
         finally:
             done.set()
-            if self._dialling.get((host, port)) is done:
-                del self._dialling[host, port]
+            if self._dialling.get(where) is done:
+                del self._dialling[where]
 
     def _is_out(self, peer: PeerId, *, insist: bool) -> bool:
         now = trio.current_time()
         return self._standing.banned(peer, now) if insist else bool(self._standing.out_until(peer, now))
 
-    async def _dial(self, host: str, port: int, expected: PeerId | None) -> Connection:
-        raw: trio.SocketStream | None = None
+    async def _dial(
+        self, open_stream: Callable[[], Awaitable[trio.abc.Stream]], where: str, expected: PeerId | None
+    ) -> Connection:
+        raw: trio.abc.Stream | None = None
         try:
             with trio.fail_after(DIAL_SECONDS):
-                raw = await trio.open_tcp_stream(host, port)
+                raw = await open_stream()
                 ends = await dial(raw, self._credentials, expected=expected)
         except (OSError, trio.BrokenResourceError, trio.TooSlowError, P2pgzError) as error:
             if raw is not None:
                 await trio.aclose_forcefully(raw)
-            self._failed(error, host, port, expected)
+            self._failed(error, where, expected)
             if isinstance(error, P2pgzError):
                 raise
             why = (
                 f"no answer within {DIAL_SECONDS:g} s" if isinstance(error, trio.TooSlowError) else str(error)
             )
-            raise SourceUnavailable(f"peer at {host}:{port}: {why}") from error
+            raise SourceUnavailable(f"peer at {where}: {why}") from error
         except BaseException:
             if raw is not None:
                 await trio.aclose_forcefully(raw)
@@ -109,13 +130,13 @@ class Dialler:
             await trio.aclose_forcefully(raw)
             raise
 
-    def _failed(self, error: Exception, host: str, port: int, expected: PeerId | None) -> None:
+    def _failed(self, error: Exception, where: str, expected: PeerId | None) -> None:
         if isinstance(error, Ourselves):
             if error.twin:
                 self.twins += 1
                 log.error(
                     "identity.twice",
-                    address=f"{host}:{port}",
+                    address=where,
                     peer=str(self._credentials.identity.peer_id),
                     effect="neither host can use the other, and others take the two for one",
                     hint="identities must not be copied: stop one node, remove its identity.key and start it again",

@@ -106,7 +106,7 @@ class Exchange:
 
     # --- coming together
 
-    async def accept(self, raw: trio.SocketStream) -> None:
+    async def accept(self, raw: trio.abc.Stream) -> None:
         """Take over an incoming connection: closes it, or owns it from now on."""
         if self._handshakes >= HANDSHAKES_MAX:
             await raw.aclose()

@@ -1,4 +1,4 @@
-"""From a TCP connection to two ends that know each other: TLS 1.3, then HELLO both ways.
+"""From a TCP connection (or a libp2p stream) to two ends that know each other: TLS 1.3, then HELLO both ways.
 
 Called by the exchange for connections that it dials and accepts, under a deadline of the caller's. Nothing of the pool is
 within reach before both ids are proven and admitted. A TLS end without our ALPN is somebody else's (OpenSSL completes
@@ -108,7 +108,7 @@ class Handshaken:
     frames: list[Frame]
 
 
-async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken:
+async def accept(raw: trio.abc.Stream, credentials: Credentials) -> Handshaken:
     """The accepting end; raises PeerFault and its kin. Does not close the stream when it fails."""
     stream = TlsStream(raw, credentials.accepting, accepting=True)
     await _tls(stream)
@@ -137,7 +137,7 @@ async def accept(raw: trio.SocketStream, credentials: Credentials) -> Handshaken
 
 
 async def dial(
-    raw: trio.SocketStream, credentials: Credentials, *, expected: PeerId | None = None
+    raw: trio.abc.Stream, credentials: Credentials, *, expected: PeerId | None = None
 ) -> Handshaken:
     """The dialling end. With `expected`, any other peer is refused before it learns anything of us.
 

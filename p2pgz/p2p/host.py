@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -22,13 +23,16 @@ from multiaddr import Multiaddr
 from p2pgz.core.keyspace import Contact
 from p2pgz.errors import P2pgzError, SourceUnavailable
 from p2pgz.p2p.addresses import dialable
+from p2pgz.p2p.indirect import StreamTransport
 from p2pgz.p2p.libp2p_opening import StreamOpener
-from p2pgz.p2p.libp2p_parts import announce_at, make_host, quieten
+from p2pgz.p2p.libp2p_parts import Notifee, announce_at, make_host, quieten
 from p2pgz.p2p.libp2p_streams import (
     MessageReader,
     close_connection,
+    close_socket_after,
     close_stream,
     framed,
+    hand_over,
     is_library_error,
     reason_of,
     reset_stream,
@@ -170,6 +174,17 @@ class PeerHost:
 
         self._host.set_stream_handler(protocol, handler)
 
+    def serve_streams(self, protocol: str, take: Callable[[StreamTransport], Awaitable[None]]) -> None:
+        """Hand each stream of a protocol over; `take` returns soon, and closes the stream when it is done with it."""
+        self._host.set_stream_handler(protocol, partial(hand_over, take))
+
+    async def open_stream(self, peer: bytes, protocol: str) -> StreamTransport:
+        """A stream to a peer that is connected already, dialled by whichever end; raises SourceUnavailable."""
+        if not self._live(ID(peer)):
+            raise SourceUnavailable(f"peer {ID(peer)}: there is no libp2p connection to it")
+        self._used[peer] = trio.current_time()
+        return StreamTransport(await self._opener.opened(ID(peer), protocol))
+
     async def _serve_stream(self, peer: bytes, stream: Any, answer: Answer) -> None:
         reader = MessageReader(stream)
         for _ in range(MESSAGES_PER_STREAM):
@@ -287,18 +302,17 @@ class PeerHost:
             except BaseException:
                 stream.socket.close()
                 raise
-            self._nursery.start_soon(self._close_after, connection, stream)
+            self._nursery.start_soon(close_socket_after, connection, stream)
             return
         raise SourceUnavailable(reason_of(problem)) from problem
 
-    async def _close_after(self, connection: Any, stream: trio.SocketStream) -> None:
-        """The library's closing does not reach the socket when it is cancelled."""
-        try:
-            await connection.event_closed.wait()
-        finally:
-            with trio.move_on_after(CLOSE_SECONDS, shield=True):
-                await connection.muxed_conn.event_closed.wait()
-            stream.socket.close()
+    def _on_connected(self, network: Any, connection: Any) -> None:
+        peer = connection.muxed_conn.peer_id
+        if len(network.get_connections(peer)) <= 1:
+            self._forget(peer)
+            self._host._schedule_identify(peer, reason="new connection")
+        dialled = "outbound" in str(connection.direction).lower()
+        self._nursery.start_soon(self._met, peer, dialled)
 
     async def _met(self, peer: ID, dialled: bool) -> None:
         """Wait for what identify brings."""
@@ -355,28 +369,6 @@ class PeerHost:
                     await self.disconnect(peer)
 
 
-class _Notifee:
-    """The library's call-backs; those not needed do nothing."""
-
-    def __init__(self, host: PeerHost, nursery: trio.Nursery) -> None:
-        self._host = host
-        self._nursery = nursery
-
-    async def connected(self, network: Any, connection: Any) -> None:
-        peer = connection.muxed_conn.peer_id
-        if len(network.get_connections(peer)) <= 1:
-            self._host._forget(peer)
-            self._host._host._schedule_identify(peer, reason="new connection")
-        dialled = "outbound" in str(connection.direction).lower()
-        self._nursery.start_soon(self._host._met, peer, dialled)
-
-    async def disconnected(self, network: Any, connection: Any) -> None: ...
-    async def opened_stream(self, network: Any, stream: Any) -> None: ...
-    async def closed_stream(self, network: Any, stream: Any) -> None: ...
-    async def listen(self, network: Any, address: Any) -> None: ...
-    async def listen_close(self, network: Any, address: Any) -> None: ...
-
-
 @asynccontextmanager
 async def open_host(seed: bytes, *, announce: Sequence[str]) -> AsyncIterator[PeerHost]:
     """A running host with the identity of a raw Ed25519 seed. `announce`: multiaddrs at which our listener is reached."""
@@ -385,7 +377,7 @@ async def open_host(seed: bytes, *, announce: Sequence[str]) -> AsyncIterator[Pe
     failure: Exception | None = None
     async with host.run(listen_addrs=[]), trio.open_nursery() as nursery:
         peer_host = PeerHost(host, nursery, announce)
-        host.get_network().register_notifee(_Notifee(peer_host, nursery))
+        host.get_network().register_notifee(Notifee(peer_host._on_connected))
         nursery.start_soon(peer_host._tend)
         try:
             yield peer_host

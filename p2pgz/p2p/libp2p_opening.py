@@ -13,8 +13,8 @@ from typing import Any, Final
 import trio
 from libp2p.peer.id import ID
 
-from p2pgz.errors import SourceUnavailable
-from p2pgz.p2p.libp2p_streams import reset_stream
+from p2pgz.errors import P2pgzError, SourceUnavailable
+from p2pgz.p2p.libp2p_streams import reason_of, reset_stream
 
 NEGOTIATIONS_MAX: Final = 128
 
@@ -41,6 +41,15 @@ class StreamOpener:
         if negotiation.error is not None:
             raise negotiation.error
         return negotiation.stream
+
+    async def opened(self, peer: ID, protocol: str) -> Any:
+        """The same; all failures are SourceUnavailable."""
+        try:
+            return await self.open(peer, protocol)
+        except P2pgzError:
+            raise
+        except Exception as error:
+            raise SourceUnavailable(f"peer {peer}: {reason_of(error)}") from error
 
     async def _run(self, negotiation: _Negotiation) -> None:
         try:

@@ -88,6 +88,22 @@ class Observations:
     def remove_conn(self, connection: Any) -> None: ...
 
 
+class Notifee:
+    """The library's call-backs; those not needed do nothing. `connected` is given network and connection."""
+
+    def __init__(self, connected: Callable[[Any, Any], None]) -> None:
+        self._connected = connected
+
+    async def connected(self, network: Any, connection: Any) -> None:
+        self._connected(network, connection)
+
+    async def disconnected(self, network: Any, connection: Any) -> None: ...
+    async def opened_stream(self, network: Any, stream: Any) -> None: ...
+    async def closed_stream(self, network: Any, stream: Any) -> None: ...
+    async def listen(self, network: Any, address: Any) -> None: ...
+    async def listen_close(self, network: Any, address: Any) -> None: ...
+
+
 class _FromLibp2p(logging.Filter):
     """Drops what the library logs through the root logger (`logging.debug(...)` instead of a logger of its own)."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
 import trio
 
-from p2pgz.errors import PeerFault
+from p2pgz.errors import P2pgzError, PeerFault
+from p2pgz.p2p.indirect import StreamTransport
 
 log = structlog.get_logger(component="libp2p")
 
@@ -87,6 +89,28 @@ async def close_connection(connection: Any) -> None:
             await connection.close()
         except Exception as error:  # noqa: BLE001  # it is gone already
             log.debug("connection.close", reason=str(error))
+
+
+async def close_socket_after(connection: Any, stream: trio.SocketStream) -> None:
+    """The library's closing does not reach the socket when it is cancelled."""
+    try:
+        await connection.event_closed.wait()
+    finally:
+        with trio.move_on_after(CLOSE_SECONDS, shield=True):
+            await connection.muxed_conn.event_closed.wait()
+        stream.socket.close()
+
+
+async def hand_over(take: Callable[[StreamTransport], Awaitable[None]], stream: Any) -> None:
+    """A handler for streams that somebody else owns from now on; lasts until the stream is closed."""
+    transport = StreamTransport(stream)
+    try:
+        await take(transport)
+        await transport.closed.wait()
+    except Exception as error:  # whatever leaves this function ends the library's host
+        if not isinstance(error, P2pgzError) and not is_library_error(error):
+            log.exception("peer.bug", where="stream")
+        await transport.aclose()
 
 
 async def reset_stream(stream: Any) -> None:

@@ -21,9 +21,9 @@ _plain: Final = memoryview(bytearray(RECEIVE_BYTES + (32 << 10)))
 
 
 class TlsStream:
-    """TLS over a TCP connection, which it owns. Raises trio.BrokenResourceError when either breaks."""
+    """TLS over a TCP connection or a libp2p stream, which it owns. Raises trio.BrokenResourceError when either breaks."""
 
-    def __init__(self, transport: trio.SocketStream, context: ssl.SSLContext, *, accepting: bool) -> None:
+    def __init__(self, transport: trio.abc.Stream, context: ssl.SSLContext, *, accepting: bool) -> None:
         self.transport = transport
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=accepting)
