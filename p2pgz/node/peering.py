@@ -30,6 +30,7 @@ from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials, Ourselves
 from p2pgz.p2p.identity import Identity, load_identity
+from p2pgz.p2p.mdns import Mdns
 from p2pgz.p2p.plane import ChunkPlane, open_plane
 from p2pgz.p2p.remembered import RememberedPeers
 from p2pgz.p2p.uploads import Uploads
@@ -180,6 +181,10 @@ async def open_peering(
             nursery.start_soon(discovery.run)
             await nursery.start(peering.bootstrapper.run)
             nursery.start_soon(own.run)
+            if config.mdns:
+                mdns = Mdns(identity.peer_id, addresses=lambda: own.current, found=bootstrapper.offer)
+                own.watchers.append(lambda _addresses: mdns.changed())
+                nursery.start_soon(mdns.run)
             log.info(
                 "peers.ready", peer=str(identity.peer_id), addrs=[str(address) for address in own.current]
             )
@@ -235,7 +240,9 @@ async def _run_dht(peering: Peering, admission: Admission) -> None:
             peering.dht_is(dht)
             dht.host.serve_streams(indirect.PROTOCOL, peering.exchange.accept)
             dht.host.on_observed(peering.own.observed)
-            peering.own.on_change = lambda found: dht.host.announce([str(address) for address in found])
+            peering.own.watchers.append(
+                lambda found: dht.host.announce([str(address) for address in found])
+            )
             await peering.discovery.use(dht)
     except P2pgzError as error:
         log.error("dht.failed", reason=str(error), effect="peers that are connected go on being asked")

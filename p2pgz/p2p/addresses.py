@@ -103,7 +103,7 @@ class OwnAddresses:
         route: Callable[[str], str | None] = route_source,
         interfaces: Callable[[], Sequence[str]] = interface_ips,
     ) -> None:
-        self.on_change: Callable[[tuple[PeerAddress, ...]], None] = lambda _addresses: None
+        self.watchers: list[Callable[[tuple[PeerAddress, ...]], None]] = []
         """called when `current` has changed"""
         self._listeners = list(listeners)
         self._configured = tuple(address.without_peer() for address in configured)
@@ -138,7 +138,8 @@ class OwnAddresses:
         if found != self.current:
             self.current = found
             log.info("addresses.changed", addrs=[str(address) for address in found])
-            self.on_change(found)
+            for tell in self.watchers:
+                tell(found)
 
     async def run(self) -> None:
         """Refresh now and then until cancelled."""

@@ -90,7 +90,7 @@ def test_announced(found: OwnAddresses, expected: list[str]) -> None:
 def test_address_that_two_peers_see_is_announced_behind_our_own() -> None:
     found = own("10.0.0.1")
     changes: list[tuple[PeerAddress, ...]] = []
-    found.on_change = changes.append
+    found.watchers.append(changes.append)
     found.observed(b"a", raw("/ip4/203.0.113.9/tcp/51234"))
     found.observed(b"a", raw("/ip4/203.0.113.9/tcp/51235"))
     assert changes == []
