@@ -48,7 +48,7 @@ class Digest:
 
     @classmethod
     def parse_any(cls, text: str) -> Digest:
-        """Parse what a person may type: `sha256:…`, 64 hex digits, or a CIDv1 (raw, sha2-256)."""
+        """Parse what a person may type: `sha256:…`, 64 hex digits, or a CID by sha2-256 of any codec and base."""
         if re.fullmatch(r"[0-9a-f]{64}", text):
             return cls(bytes.fromhex(text))
         if text.startswith("sha256:"):
@@ -57,7 +57,10 @@ class Digest:
 
     @classmethod
     def from_cid(cls, text: str) -> Digest:
-        """The digest inside a CIDv1 of raw bytes; raises ImageInvalid for any other text."""
+        """The digest inside a CID; raises ImageInvalid for any other text.
+
+        The codec says how bytes are to be read, not which they are: the same digest names them under each of them.
+        """
         from multiformats import CID
 
         try:
@@ -65,12 +68,8 @@ class Digest:
             multihash = bytes(cid.digest)
         except Exception as error:  # the library raises a dozen types for malformed text
             raise ImageInvalid(f"{text[:80]!r} is neither a sha256 digest nor a CID") from error
-        if (
-            multihash[:2] != SHA256_MULTIHASH_PREFIX
-            or len(multihash) != 2 + SHA256_BYTES
-            or cid.codec.name != "raw"
-        ):
-            raise ImageInvalid(f"{text[:80]!r} is a CID, but not of raw bytes by sha2-256")
+        if multihash[:2] != SHA256_MULTIHASH_PREFIX or len(multihash) != 2 + SHA256_BYTES:
+            raise ImageInvalid(f"{text[:80]!r} is a CID, but not one by sha2-256")
         return cls(multihash[2:])
 
     @property

@@ -45,6 +45,13 @@ class KeySet:
     def __init__(self, keys: Iterable[int] = ()) -> None:
         self._keys = sorted(set(keys))
 
+    @classmethod
+    def of_sorted(cls, keys: list[int]) -> KeySet:
+        """The set of keys that are ascending and different already; the list is the set's from now on."""
+        found = cls()
+        found._keys = keys
+        return found
+
     def __len__(self) -> int:
         return len(self._keys)
 

@@ -15,6 +15,7 @@ WIDTH = 20  # kad-dht spec: k, how many of the closest must have answered before
 PARALLEL = 6  # spec: alpha = 10; we hedge slow peers instead and keep a walk's load on the network low
 MAX_ASKED = 96  # a walk of 10 000 servers asks about 40; beyond this somebody makes peers up
 MAX_CLOSER_PER_ANSWER = 2 * WIDTH  # go-libp2p sends 20
+MAX_ADDRESSES = 8  # of one provider; more would only make a dead one take longer
 
 
 class _State(Enum):
@@ -65,13 +66,21 @@ class Lookup:
         return self.learned(providers)
 
     def learned(self, providers: Iterable[Contact]) -> list[Contact]:
-        """Providers known from elsewhere, or from an answer; returns those that are new, or whose addresses are."""
+        """Providers known from elsewhere, or from an answer; returns those that are new, or with addresses that are.
+
+        Servers keep records for an hour: one may still name where a provider was before it moved. All are kept, those
+        heard of last first, since whoever dials finds out.
+        """
         new = []
         for provider in providers:
             known = self.providers.get(provider.peer)
-            if known is None or (provider.addresses and not known.addresses):
-                self.providers[provider.peer] = provider
-                new.append(provider)
+            if known is not None:
+                fresh = tuple(each for each in provider.addresses if each not in known.addresses)
+                if not fresh or len(known.addresses) >= MAX_ADDRESSES:
+                    continue
+                provider = Contact(provider.peer, (fresh + known.addresses)[:MAX_ADDRESSES])
+            self.providers[provider.peer] = provider
+            new.append(provider)
         return new
 
     def failed(self, peer: bytes) -> None:

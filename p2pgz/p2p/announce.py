@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 import structlog
@@ -26,6 +26,7 @@ from p2pgz.core.records import Greeting, Reply, Withdrawal
 from p2pgz.errors import P2pgzError
 from p2pgz.p2p.kad import KadNode
 from p2pgz.p2p.kadmsg import KadMessage, Kind, encode
+from p2pgz.p2p.places import places_of
 
 log = structlog.get_logger(component="dht")
 
@@ -35,6 +36,7 @@ WALKS_AT_ONCE = 4
 SENDS_AT_ONCE = 8
 MEMBERS_PER_SECOND = 20.0  # that get pointers
 RETRY_SECONDS = 60.0  # nobody there yet
+MOVED_SECONDS = 5.0  # our records are sent again within it, once our addresses have changed
 STANDBY_SAMPLE = 3  # members whose word is enough to leave a TOC's pointers to other holders
 STANDBY_DELAY_SECONDS = 120.0  # holders on stand-by offer to who joins at a random instant within it
 JOINED_QUEUE = 4096
@@ -45,7 +47,7 @@ KEYS_BETWEEN_CHECKPOINTS = 200  # 2 ms of closest() each
 
 
 class _Held(NamedTuple):
-    digests: Callable[[], Sequence[bytes]]
+    digests: Callable[[], Iterable[bytes]]
     complete: bool
 
 
@@ -87,6 +89,8 @@ class Announcer:
         """Announce this host as a provider of a key (multihash of a TOC, manifest or config), until `withdraw`."""
         self.kad.announced.add(key)
         self._keys.add(key, self._now())
+        if key in self._withdrawn:
+            self._withdrawn.remove(key)
         self._wake.set()
 
     def withdraw(self, key: bytes) -> None:
@@ -97,11 +101,20 @@ class Announcer:
             self._withdrawn.append(key)
             self._wake.set()
 
-    def hold(self, toc: bytes, digests: Callable[[], Sequence[bytes]], *, complete: bool) -> None:
-        """This host has these chunks of the TOC (all of them: `complete`); called again when that changes."""
+    def moved(self) -> None:
+        """Others reach us at other addresses from now on: tell those that keep our records, soon but not all at once."""
+        now = self._now()
+        for key in self._keys:
+            self._keys.retry(key, now + MOVED_SECONDS * self._random())
+        self._wake.set()
+
+    def hold(
+        self, toc: bytes, digests: Callable[[], Iterable[bytes]], *, complete: bool, grown: bool = False
+    ) -> None:
+        """This host has these chunks of the TOC (all of them: `complete`); again when that changes, or they have `grown`."""
         before = self._held.get(toc)
         self._held[toc] = _Held(digests, complete)
-        if before is None or before.complete is not complete:
+        if before is None or before.complete is not complete or grown:
             self._tocs.remove(toc)
             # complete holders first: what a partial one would send is part of it
             self._tocs.add(toc, self._now() + (0 if complete else RETRY_SECONDS * (1 + self._random())))
@@ -272,23 +285,23 @@ class Announcer:
         A walk to a chunk finds its 20 closest servers. All servers that share more bits with it than the farthest of them
         are among these, so the walk also serves every other chunk in that part of the key space.
         """
-        places = {kad_key(SHA256_MULTIHASH_PREFIX + digest): digest for digest in held.digests()}
-        order = sorted(places)
+        places = await places_of(held.digests())
+        order = list(places.keys)
         per_peer: dict[bytes, tuple[Contact, list[bytes]]] = {}
         at = 0
         while at < len(order):
-            walked = await self.kad.find_closest(SHA256_MULTIHASH_PREFIX + places[order[at]])
+            walked = await self.kad.find_closest(SHA256_MULTIHASH_PREFIX + places.digests[order[at]])
             servers = ContactSet(walked)
             bits = 0
             if len(walked) >= WIDTH:
                 bits = shared_bits(order[at], kad_key(walked[-1].peer)) + 1
             known = KeySet(servers.keys.subtree(order[at], bits))
-            whole = (
-                [order[at]] if len(known) < MEMBERS_PER_CHUNK else KeySet(order[at:]).subtree(order[at], bits)
-            )
+            whole = [order[at]]
+            if len(known) >= MEMBERS_PER_CHUNK:
+                whole = [key for key in places.keys.subtree(order[at], bits) if key >= order[at]]
             for number, place in enumerate(whole, 1):
                 for contact in servers.closest(place, MEMBERS_PER_CHUNK):
-                    per_peer.setdefault(contact.peer, (contact, []))[1].append(places[place])
+                    per_peer.setdefault(contact.peer, (contact, []))[1].append(places.digests[place])
                 if number % KEYS_BETWEEN_CHECKPOINTS == 0:
                     await trio.lowlevel.checkpoint()
             for contact in walked:
@@ -355,13 +368,11 @@ class Announcer:
         members = self._members(contact)
         if len(members) < WIDTH:
             return
-        places = {kad_key(SHA256_MULTIHASH_PREFIX + digest): digest for digest in held.digests()}
-        await trio.lowlevel.checkpoint()
-        wanted = KeySet(places).wanting(kad_key(contact.peer), members, MEMBERS_PER_CHUNK)
+        places = await places_of(held.digests())
+        wanted = places.keys.wanting(kad_key(contact.peer), members, MEMBERS_PER_CHUNK)
         if wanted:
-            await self._offer(
-                contact, Share.of(toc, [places[place] for place in wanted], complete=held.complete)
-            )
+            digests = [places.digests[place] for place in wanted]
+            await self._offer(contact, Share.of(toc, digests, complete=held.complete))
 
     # -- upkeep
 

@@ -70,6 +70,10 @@ class Dht:
         except ValueError:
             return False
 
+    def contact(self, peer: bytes) -> Contact | None:
+        """Where a peer listens, if it has told us."""
+        return self.host.contacts.get(peer) or self.kad.table.get(peer)
+
     async def accept(self, stream: trio.SocketStream) -> None:
         """Serve an inbound connection that begins with multistream (for `PeerListener`)."""
         await self.host.accept(stream)

@@ -75,7 +75,7 @@ class PeerHost:
         self._opener = StreamOpener(host, nursery)
         self._dials: dict[bytes, trio.Event] = {}
         self._used: dict[bytes, float] = {}
-        self._contacts: dict[bytes, Contact] = {}
+        self.contacts: dict[bytes, Contact] = {}
         self._calls = trio.CapacityLimiter(CALLS_MAX)
         self._handlers = trio.CapacityLimiter(HANDLERS_MAX)
 
@@ -192,7 +192,7 @@ class PeerHost:
                 message = await reader.message()
                 if message is None:
                     return
-                reply = await answer(self._contacts.get(peer, Contact(peer)), message)
+                reply = await answer(self.contacts.get(peer, Contact(peer)), message)
                 if reply is not None:
                     await stream.write(framed(reply))
 
@@ -330,7 +330,7 @@ class PeerHost:
                     protocols, addresses = frozenset(), ()
                 if protocols:
                     self.protocols[name] = protocols
-                    self._contacts[name] = contact = Contact(name, dialable(addresses, self.addresses))
+                    self.contacts[name] = contact = Contact(name, dialable(addresses, self.addresses))
                     self.on_peer(contact, dialled)
                     return
                 await trio.sleep(0.02)
@@ -341,7 +341,7 @@ class PeerHost:
         The library asks a peer once, and adds what it says later to what it said before.
         """
         name = bytes(peer.to_bytes())
-        self._contacts.pop(name, None)
+        self.contacts.pop(name, None)
         self.protocols.pop(name, None)
         self._host.get_peerstore().clear_addrs(peer)
         self._host.get_peerstore().clear_protocol_data(peer)
@@ -356,8 +356,8 @@ class PeerHost:
         while True:
             await trio.sleep(TEND_SECONDS)
             live = {peer: self._live(ID(peer)) for peer in self.connected()}
-            for peer in [peer for peer in self._contacts if peer not in live]:
-                del self._contacts[peer]
+            for peer in [peer for peer in self.contacts if peer not in live]:
+                del self.contacts[peer]
                 self.protocols.pop(peer, None)
                 self._used.pop(peer, None)
             now = trio.current_time()

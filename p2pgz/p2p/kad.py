@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -159,13 +159,18 @@ class KadNode:
     async def _pointed(self, digest: bytes) -> list[Contact]:
         """The providers of the TOCs that are said to have a chunk, complete holders first."""
         found: list[Contact] = []
-        for toc in self.pointers.tocs(digest, self._now())[:POINTED_TOCS]:
+        for toc in self.pointed_tocs(digest):
             senders = self.pointers.senders(toc, self._now())
-            providers = await self._providers_of_toc(toc)
+            providers = await self.providers_of_toc(toc)
             found += sorted(providers, key=lambda contact: contact.peer not in senders)
         return found
 
-    async def _providers_of_toc(self, toc: bytes) -> list[Contact]:
+    def pointed_tocs(self, digest: bytes) -> list[bytes]:
+        """The TOCs that our pointers lead to from a chunk, no more than a walk looks into."""
+        return self.pointers.tocs(digest, self._now())[:POINTED_TOCS]
+
+    async def providers_of_toc(self, toc: bytes) -> list[Contact]:
+        """Who has a TOC's chunks; asks others unless it did within the last minute."""
         cached = self._resolved.get(toc)
         if cached is not None and cached[0] > self._now():
             return cached[1]
@@ -195,7 +200,7 @@ class KadNode:
 
     async def find_closest(self, name: bytes) -> list[Contact]:
         """The closest servers to a name, as a walk finds them; never ourselves."""
-        lookup = self._lookup(name)
+        lookup = self.lookup(name)
         with trio.move_on_after(WALK_SECONDS):
             await self._walk(lookup, KadMessage(Kind.FIND_NODE, name), lambda _new: None)
         return lookup.closest()
@@ -210,7 +215,7 @@ class KadNode:
         """
         digest = _digest(key)
         send, receive = trio.open_memory_channel[Contact](math.inf)  # bounded by the answers of one walk
-        lookup = self._lookup(key, wanted=wanted)
+        lookup = self.lookup(key, wanted=wanted)
 
         def publish(new: Iterable[Contact]) -> None:
             for contact in new:
@@ -245,7 +250,7 @@ class KadNode:
     async def find_providers(self, key: bytes, *, wanted: int = 0) -> list[Contact]:
         """All of `providers` at once."""
         async with self.providers(key, wanted=wanted) as found:
-            return [contact async for contact in found]
+            return list({contact.peer: contact async for contact in found}.values())
 
     async def ping(self, contact: Contact) -> bool:
         """Whether a peer answers; it then has its place in the table."""
@@ -280,22 +285,36 @@ class KadNode:
         if thin:
             await self.find_closest(_name_in_bucket(self._own, thin[int(random() * len(thin))], random))
 
-    def _lookup(self, name: bytes, *, wanted: int = 0) -> Lookup:
+    def lookup(self, name: bytes, *, wanted: int = 0) -> Lookup:
+        """A walk that begins at the servers that we know."""
         return Lookup(name, own=self._own, start=self.closest_known(name, 2 * WIDTH), wanted=wanted)
 
     async def _walk(
         self, lookup: Lookup, request: KadMessage, publish: Callable[[list[Contact]], None]
     ) -> None:
         message = encode(request)
+        await self.walk(
+            lookup,
+            lambda contact: self._query(contact, message, request.kind),
+            lambda _, new: publish(new),
+        )
+
+    async def walk(
+        self,
+        lookup: Lookup,
+        ask: Callable[[Contact], Awaitable[KadMessage | None]],
+        told: Callable[[Contact, list[Contact]], None],
+    ) -> None:
+        """Ask whom the lookup names until it is finished; `told` gets each server and the providers that are new."""
         asked: deque[tuple[float, bytes]] = deque()
         wake = trio.Event()
 
         async def query(contact: Contact) -> None:
-            answer = await self._query(contact, message, request.kind)
+            answer = await ask(contact)
             if answer is None:
                 lookup.failed(contact.peer)
             else:
-                publish(lookup.answered(contact.peer, answer.closer, answer.providers))
+                told(contact, lookup.answered(contact.peer, answer.closer, answer.providers))
             wake.set()
 
         async with trio.open_nursery() as nursery:
@@ -311,6 +330,10 @@ class KadNode:
                 while asked and asked[0][0] <= trio.current_time():
                     lookup.slow(asked.popleft()[1])
             nursery.cancel_scope.cancel()
+
+    async def query(self, contact: Contact, request: KadMessage) -> KadMessage | None:
+        """Ask one server; None when it does not answer, which the routing table notes."""
+        return await self._query(contact, encode(request), request.kind)
 
     async def _query(self, contact: Contact, message: bytes, kind: Kind) -> KadMessage | None:
         self.queries += 1

@@ -9,8 +9,8 @@ import pytest
 
 from p2pgz.core import pointers, providers, records
 from p2pgz.core.kbuckets import BUCKET_PEERS, SPARE_PEERS, STALE_AFTER_SECONDS, RoutingTable
-from p2pgz.core.keyspace import Contact, ContactSet, kad_key, shared_bits
-from p2pgz.core.lookup import Lookup
+from p2pgz.core.keyspace import Contact, ContactSet, KeySet, kad_key, shared_bits
+from p2pgz.core.lookup import MAX_ADDRESSES, Lookup
 from p2pgz.core.pointers import Offer, PointerStore, Share, Verdict
 from p2pgz.core.providers import ProviderStore, Renewals
 from p2pgz.core.records import Greeting, Withdrawal, decode_reply, decode_request
@@ -126,6 +126,12 @@ class TestRoutingTable:
         assert expected == table.closest(target, 20) == table.contacts().closest(target, 20)
 
 
+def test_keys_that_are_sorted_already_make_the_same_set() -> None:
+    keys = sorted(kad_key(b"%d" % number) for number in range(100))
+    target = kad_key(b"target")
+    assert KeySet.of_sorted(list(keys)).closest(target, 20) == KeySet(keys).closest(target, 20)
+
+
 class TestLookup:
     def test_stops_at_as_many_providers_as_wanted(self) -> None:
         lookup = Lookup(b"target", own=OWN, start=[contact(1), contact(2)], wanted=1)
@@ -138,7 +144,10 @@ class TestLookup:
         lookup = Lookup(b"target", own=OWN, start=[])
         assert [Contact(b"p")] == lookup.learned([Contact(b"p")])
         assert [Contact(b"p", (b"a",))] == lookup.learned([Contact(b"p", (b"a",))])
-        assert lookup.learned([Contact(b"p"), Contact(b"p", (b"b",))]) == []
+        assert lookup.learned([Contact(b"p"), Contact(b"p", (b"a",))]) == []
+        assert [Contact(b"p", (b"b", b"a"))] == lookup.learned([Contact(b"p", (b"b",))])
+        many = [Contact(b"p", (b"%d" % number,)) for number in range(100)]
+        assert len(lookup.learned(many)) == MAX_ADDRESSES - 2
 
     def test_answers_of_nobody_asked_count_for_nothing(self) -> None:
         lookup = Lookup(b"target", own=OWN, start=[contact(1)])
