@@ -90,6 +90,14 @@ class Race:
             origin.flights[n] = Flight(n, priority, deadline)
         self._chase_all(origin, mine, priority, holders)
 
+    def copies(self, origin: Origin) -> Callable[[int], int] | None:
+        """How many connected peers have each chunk; None for what is not shared. May be asked in a thread."""
+        swarm = swarm_of(origin)
+        if swarm is None:
+            return None
+        holders = list(self._peers.swarm_holders(swarm))
+        return lambda n: sum(holder.has(n) for holder in holders)
+
     async def watch(self, origins: Callable[[], Iterable[Origin]]) -> None:
         """For ever: give readers that wait for a source the peers that have come since."""
         while True:

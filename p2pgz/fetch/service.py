@@ -6,7 +6,7 @@ in the pool, readers take it from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 import trio
@@ -96,6 +96,11 @@ class ChunkFetcher:
     def origins(self) -> Iterable[Origin]:
         """All of them."""
         return self._origins.values()
+
+    def copies(self, segment: Segment) -> Callable[[int], int] | None:
+        """How many connected peers have each chunk of a segment, as they say; None when there is nobody to know it from."""
+        origin = self._origins.get(_key(segment))
+        return None if origin is None or self._race is None else self._race.copies(origin)
 
     async def ensure(self, segment: Segment, first: int, count: int, priority: Priority) -> None:
         """Return when chunks first .. first+count are present; raises what the last source failed with."""

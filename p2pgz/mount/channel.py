@@ -60,6 +60,9 @@ class Kind(IntEnum):
     UNKEPT = 11
     """node → fs: chunk `first` has no place in the pool; its `amount` bytes are in the memfd that comes along. Alone in its
     datagram, and before the REPLY to `id`"""
+    INVALIDATE = 12
+    """node → fs: the bytes of these chunks were wrong on the disk, and their bits are cleared; what the kernel has cached of
+    them is to be forgotten"""
     OBSERVE = 13
     """node → fs: tell of no more first reads"""
 

@@ -32,6 +32,7 @@ from p2pgz.mount.hold import Hold
 from p2pgz.mount.link import NodeLink
 from p2pgz.mount.observed import FirstReads
 from p2pgz.mount.setup import Ready, SessionOptions
+from p2pgz.mount.stale import ChunkRun, ranges_of
 from p2pgz.mount.tree import Segment, TreeOperations
 from p2pgz.mount.umount import unmount
 from p2pgz.pool.presence import Presence
@@ -202,7 +203,11 @@ class _Served:
             read_deadline_seconds=options.read_deadline_seconds,
             set_read_ahead=self._set_read_ahead,
             drain=self._draining.set,
+            invalidate=self._note_wrong,
         )
+        self._image = image
+        self._wrong: list[ChunkRun] = []
+        self._some_wrong = trio.Event()
         self._spoiled, self._to_invalidate = trio.open_memory_channel[tuple[int, int, int]](
             INVALIDATIONS_QUEUED
         )
@@ -245,6 +250,7 @@ class _Served:
                 nursery.start_soon(self._hold.keep)
             for _ in range(INVALIDATION_THREADS):
                 nursery.start_soon(self._invalidate)
+            nursery.start_soon(self._find_wrong)
             await pyfuse3.main(1, kernel.MAX_TASKS)
             # before the channel ends: the node takes that as the end of everything
             self._unlink_socket()
@@ -280,6 +286,20 @@ class _Served:
     def _note_spoiled(self, ino: int, offset: int, size_bytes: int) -> None:
         with suppress(trio.WouldBlock):  # a full queue only costs speed
             self._spoiled.send_nowait((ino, offset, size_bytes))
+
+    def _note_wrong(self, segment: int, first: int, count: int) -> None:
+        self._wrong.append(ChunkRun(segment, first, count))
+        self._some_wrong.set()
+
+    async def _find_wrong(self) -> None:
+        """Make the kernel forget what it cached of chunks that were wrong on the disk."""
+        tables = [segment.table for segment in self._image.segments]
+        while True:
+            await self._some_wrong.wait()
+            self._some_wrong = trio.Event()
+            runs, self._wrong = self._wrong, []
+            for found in await trio.to_thread.run_sync(ranges_of, self._image.tree, tables, runs):
+                await self._spoiled.send(found)
 
     async def _invalidate(self) -> None:
         """Once a failed read was answered, make the kernel forget that it failed."""

@@ -11,6 +11,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Final
 
 import trio
@@ -31,11 +32,11 @@ from p2pgz.mount.relink import descriptors
 from p2pgz.mount.setup import close_all
 from p2pgz.pool.presence import Presence
 
-# A node that says "present" of a chunk that is not is asked again, since it was evicted in between; at first at once, then
-# after 10, 20, 40 … ms, so that eviction has settled
-ATTEMPTS: Final = 12
+# A node that says "present" of a chunk that is not is asked again, since it was evicted in between: until the deadline, at
+# first at once, then after 10, 20, 40 … 320 ms, so that eviction has settled
 ATTEMPTS_AT_ONCE: Final = 4
 PAUSE_START_SECONDS: Final = 0.01
+PAUSE_MAX_DOUBLINGS: Final = 5
 # A memfd with a chunk: no TOC has a larger one
 UNKEPT_MAX_BYTES: Final = MAX_CHUNK_BYTES
 # The kernel repeats a failed read-ahead page by page at once; that repetition must not wait for a whole deadline again
@@ -52,6 +53,7 @@ class NodeLink:
         read_deadline_seconds: float,
         set_read_ahead: Callable[[int], object],
         drain: Callable[[], object] = lambda: None,  # who drains says so (DRAINING)
+        invalidate: Callable[[int, int, int], object] = lambda segment, first, count: None,
     ) -> None:
         self.presences = presences
         self.demand = Demand()
@@ -63,6 +65,7 @@ class NodeLink:
         self._deadline_seconds = read_deadline_seconds
         self._set_read_ahead = set_read_ahead
         self._drain = drain
+        self._invalidate = invalidate
         self._socket: socket.socket | None = None
         self._outbox: deque[Record] = deque()
         self._clogged = trio.Event()
@@ -85,9 +88,10 @@ class NodeLink:
         """The same for chunks in any order; the first one that is missing is what the reader is stuck at."""
         missing: list[int] = []
         with trio.move_on_after(self._deadline_seconds):
-            for attempt in range(ATTEMPTS):
+            for attempt in count():
                 if attempt >= ATTEMPTS_AT_ONCE:
-                    await trio.sleep(PAUSE_START_SECONDS * 2 ** (attempt - ATTEMPTS_AT_ONCE))
+                    doublings = min(attempt - ATTEMPTS_AT_ONCE, PAUSE_MAX_DOUBLINGS)
+                    await trio.sleep(PAUSE_START_SECONDS * 2**doublings)
                 has = self.presences[segment].has
                 missing = [n for n in chunks if not has(n) and n not in unkept]
                 if not missing:
@@ -105,7 +109,6 @@ class NodeLink:
                 if ticket.errno:
                     return ticket.errno
                 unkept |= ticket.unkept
-            return errno.EIO
         until = trio.current_time() + AFTER_DEADLINE_SECONDS
         self._expired |= {(segment, n): until for n in missing}
         return errno.EIO
@@ -215,6 +218,8 @@ class NodeLink:
                 self._set_read_ahead(record.amount)
             case Kind.DRAIN:
                 self._drain()
+            case Kind.INVALIDATE if record.segment < len(self.presences):
+                self._invalidate(record.segment, record.first, record.amount)
             case Kind.OBSERVE:
                 self.first_reads = None
             case _:

@@ -229,6 +229,7 @@ class Mounts:
                     document = from_record(record)
                 except StateError as error:
                     log.error("mount.record_unusable", directory=record.directory, reason=str(error))
+                    self.strangers += listening(paths)
                     continue
                 self._recovering[record.id] = record
                 nursery.start_soon(
@@ -260,6 +261,7 @@ class Mounts:
             else:
                 await self._catalog.remove_mount(record.id)
         except P2pgzError as error:
+            self.strangers += listening(paths)
             log.error("mount.not_recovered", directory=record.directory, reason=str(error))
         finally:
             del self._recovering[record.id]
@@ -283,8 +285,10 @@ class Mounts:
                 session = await self._servers.reattach(served, path)
             except P2pgzError as error:
                 log.warning("fs.not_taken_over", directory=record.directory, reason=str(error))
-                self.strangers += listening([path])
-                path.unlink(missing_ok=True)
+                if alive := listening([path]):
+                    self.strangers += alive  # its socket stays: that is how its end is noticed
+                else:
+                    path.unlink(missing_ok=True)
         restarted = session is None
         if session is None:
             session = await self._servers.revive(served)

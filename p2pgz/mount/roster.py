@@ -18,15 +18,21 @@ import trio
 
 from p2pgz.mount.relink import short_path
 from p2pgz.mount.setup import SessionOptions
+from p2pgz.mount.stats import FsStats
 
 
 class Answering(Protocol):
     """A session, as far as it matters here."""
 
     options: SessionOptions
+    stats: FsStats
 
     async def ping(self) -> None:
         """Return when the process has answered."""
+        ...
+
+    def invalidate(self, segment_index: int, first: int, count: int) -> None:
+        """Have the kernel forget what it has cached of these chunks."""
         ...
 
     async def wait_closed(self) -> None:
@@ -64,6 +70,31 @@ class Roster:
         """Whether a session has this file, or may have it in a moment."""
         name = os.fspath(path)
         return bool(self._starting) or any(name in paths for paths in self._sessions.values())
+
+    def invalidate(self, path: Path, chunks: Sequence[int]) -> None:
+        """Have kernels forget what they cached of chunks (ascending) that were wrong on the disk; their bits are cleared.
+
+        Whatever a process replies after it has heard this, it has looked up after the bits were cleared.
+        """
+        name = os.fspath(path)
+        runs: list[list[int]] = []
+        for n in chunks:
+            if runs and sum(runs[-1]) == n:
+                runs[-1][1] += 1
+            else:
+                runs.append([n, 1])
+        for session, paths in self._sessions.items():
+            if name not in paths:
+                continue
+            for index, files in enumerate(session.options.segments):
+                if os.fspath(files.data_path) == name:
+                    for first, count in runs:
+                        session.invalidate(index, first, count)
+
+    @property
+    def reads(self) -> int:
+        """Changes when somebody reads through a mount and the page cache does not have it."""
+        return sum(session.stats.reads for session in self._sessions)
 
     async def quiesce(self, path: Path) -> None:
         """Return when no reply that relies on bits set before the call is in flight. The caller sets a time limit."""

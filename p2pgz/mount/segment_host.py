@@ -165,6 +165,7 @@ class SegmentHost:
             presences,
             read_deadline_seconds=options.read_deadline_seconds,
             set_read_ahead=lambda kilobytes: self._set_read_ahead(hosted, kilobytes),
+            invalidate=lambda segment, first, count: self._note_wrong(hosted, segment, first, count),
         )
         if options.observe:
             counts = [presence.count for presence in presences]
@@ -288,6 +289,15 @@ class SegmentHost:
 
     def _set_read_ahead(self, hosted: _Hosted, kilobytes: int) -> None:
         erofs_mount.set_read_ahead(hosted.bdi_name, min(kilobytes, hosting.FILES_READ_AHEAD_COMPLETE_KB))
+
+    def _note_wrong(self, hosted: _Hosted, segment: int, first: int, count: int) -> None:
+        """What the kernel has cached of a segment file; what EROFS made of it, it keeps until it needs the memory."""
+        for file in hosted.files:
+            offset, size = file.table.segment_offset, file.table.size
+            if User(hosted.link, segment) not in file.users:
+                continue
+            for n in range(first, min(first + count, file.table.chunk_count)):
+                self._note_spoiled(file.ino, offset[n], size[n])
 
     def _note_spoiled(self, ino: int, offset: int, size_bytes: int) -> None:
         with suppress(trio.WouldBlock):  # a full queue only costs speed

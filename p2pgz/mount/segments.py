@@ -63,9 +63,13 @@ class HostedLink(NodeLink):
         *,
         read_deadline_seconds: float,
         set_read_ahead: Callable[[int], object],
+        invalidate: Callable[[int, int, int], object] = lambda segment, first, count: None,
     ) -> None:
         super().__init__(
-            presences, read_deadline_seconds=read_deadline_seconds, set_read_ahead=set_read_ahead
+            presences,
+            read_deadline_seconds=read_deadline_seconds,
+            set_read_ahead=set_read_ahead,
+            invalidate=invalidate,
         )
         self.ended = False
         """the mount is gone: nobody answers here any more"""

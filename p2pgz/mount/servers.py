@@ -213,6 +213,16 @@ class Servers:
         for roster in self._rosters:
             await roster.quiesce(segment.path)
 
+    def invalidate(self, segment: Segment, chunks: Sequence[int]) -> None:
+        """Have kernels forget what they cached of chunks that were wrong on the disk."""
+        for roster in self._rosters:
+            roster.invalidate(segment.path, chunks)
+
+    @property
+    def reads(self) -> int:
+        """Changes, within a second or two, when somebody reads what the page cache does not have."""
+        return sum(roster.reads for roster in self._rosters)
+
     def orphans(self) -> list[Path]:
         """Sockets of processes that an earlier node left."""
         return self._host.orphans()

@@ -128,6 +128,10 @@ class FsSession:
         """Change the kernel's read-ahead: more once the image is complete (`setup.READ_AHEAD_COMPLETE_KB`)."""
         self._send(Record(Kind.READ_AHEAD, amount=kilobytes))
 
+    def invalidate(self, segment_index: int, first: int, count: int) -> None:
+        """Have the kernel forget what it has cached of chunks whose bits are cleared. An older `fs` ignores it."""
+        self._send(Record(Kind.INVALIDATE, 0, 0, segment_index, first, count))
+
     async def run(self) -> None:
         """Serve the channel until the other side ends it. For the host."""
         try:

@@ -1,6 +1,8 @@
-"""Who reads the pool's files, as eviction must know it (`pool.evictor.Users`): mounted images and their processes."""
+"""Who reads the pool's files, as eviction must know it (`pool.users`): mounted images and their processes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from p2pgz.mount.mounts import Mounts
 from p2pgz.mount.roster import listening
@@ -30,6 +32,15 @@ class SegmentUsers:
     def is_mapped(self, segment: Segment) -> bool:
         """Whether a process may answer reads from a segment's file, or is about to."""
         return not self.may_punch() or self._servers.is_mapped(segment)
+
+    def invalidate(self, segment: Segment, chunks: Sequence[int]) -> None:
+        """Have kernels forget what they cached of chunks (ascending) that were wrong on the disk and are absent now."""
+        self._servers.invalidate(segment, chunks)
+
+    @property
+    def reads(self) -> int:
+        """Changes, within a second or two, when somebody reads through a mount what the page cache does not have."""
+        return self._servers.reads
 
     async def acknowledge(self, segment: Segment) -> None:
         """Return when no reply from bytes whose bits are cleared now is in flight. The caller sets a time limit."""

@@ -14,11 +14,12 @@ import trio
 
 from p2pgz.config import PoolConfig, pool_limits
 from p2pgz.core.schedule import Priority
-from p2pgz.errors import ImageNotFound
+from p2pgz.errors import ImageNotFound, StateError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
+from p2pgz.mount.users import SegmentUsers
 from p2pgz.pool.catalog import USER, ImageRecord
-from p2pgz.pool.evictor import Evictor, Users
+from p2pgz.pool.evictor import GRACE_TENTHS, Evictor
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.scrub import IDLE_AFTER_SECONDS, Scrubber
 from p2pgz.web.api import GcRequest, Progress, ScrubRequest, UnpinRequest
@@ -31,16 +32,19 @@ EVERYTHING_BYTES: Final = 1 << 62
 class Upkeep:
     """One per node. `start` starts its tasks."""
 
-    def __init__(self, config: PoolConfig, pool: Pool, fetcher: ChunkFetcher, users: Users) -> None:
+    def __init__(self, config: PoolConfig, pool: Pool, fetcher: ChunkFetcher, users: SegmentUsers) -> None:
         self._config = config
         self._pool = pool
         self._fetcher = fetcher
         space = os.statvfs(pool.directory)
         quota_bytes, floor_bytes = pool_limits(config, space.f_blocks * space.f_frsize)
-        self.evictor = Evictor(pool, quota_bytes=quota_bytes, free_floor_bytes=floor_bytes, users=users)
-        self._scrubber = Scrubber(pool, self._refetch, is_busy=self._is_busy)
-        self._supplied = -1
-        self._supplied_at = 0.0
+        self._users = users
+        self.evictor = Evictor(
+            pool, quota_bytes=quota_bytes, free_floor_bytes=floor_bytes, users=users, rarity=fetcher.copies
+        )
+        self._scrubber = Scrubber(pool, self._refetch, is_busy=self._is_busy, found_wrong=users.invalidate)
+        self._activity = (-1, -1)
+        self._active_at = 0.0
 
     def start(self, nursery: trio.Nursery) -> None:
         """Evict as needed, and scrub when there is nothing else to do."""
@@ -54,12 +58,13 @@ class Upkeep:
         await self._fetcher.ensure_chunks(segment, chunks, Priority.READ_AHEAD)
 
     def _is_busy(self) -> bool:
-        """Whether somebody was given a chunk just now."""
+        """Whether somebody was given a chunk just now, or reads from the disk."""
         counters = self._fetcher.counters
         supplied = counters.pool_chunks + counters.peer_chunks + counters.registry_chunks
-        if supplied != self._supplied:
-            self._supplied, self._supplied_at = supplied, trio.current_time()
-        return trio.current_time() - self._supplied_at < IDLE_AFTER_SECONDS
+        activity = supplied, self._users.reads
+        if activity != self._activity:
+            self._activity, self._active_at = activity, trio.current_time()
+        return trio.current_time() - self._active_at < IDLE_AFTER_SECONDS
 
     def status(self) -> dict[str, Any]:
         """What `pool` in the status document says of this."""
@@ -78,17 +83,23 @@ class Upkeep:
         await progress({"event": "progress", "text": "looking for files without an image"})
         orphan_bytes = await self._pool.remove_orphans()
         stray_bytes = 0
-        if self.evictor.users.may_punch():
-            stray_bytes = await self._pool.remove_strays(self.evictor.users.acknowledge)
+        if self._users.may_punch():
+            try:
+                stray_bytes = await self._pool.remove_strays(self.evictor.acknowledge)
+            except StateError as error:  # somebody does not answer: what he may read stays
+                log.warning("pool.strays_stay", reason=str(error))
         await progress({"event": "progress", "text": "evicting"})
         need = EVERYTHING_BYTES if request.all else self.evictor.above_low_water()
-        evicted_bytes = await self.evictor.evict(need) if need else 0
+        failures = self.evictor.counts["eviction_failures"]
+        # what came in the last moments has readers on their way to it; without this grace they could miss it for ever
+        evicted_bytes = await self.evictor.evict(need, grace_tenths=GRACE_TENTHS[-1]) if need else 0
         return {
             "orphan_bytes": orphan_bytes,
             "stray_bytes": stray_bytes,
             "evicted_bytes": evicted_bytes,
             "allocated_bytes_before": before,
             "allocated_bytes": self.evictor.used_bytes,
+            "eviction_failures": self.evictor.counts["eviction_failures"] - failures,
         }
 
     async def scrub(self, request: ScrubRequest, progress: Progress) -> dict[str, Any]:
@@ -127,7 +138,9 @@ class Upkeep:
         if not found:
             raise ImageNotFound(
                 f"{request.reference}: not pinned" + (" by hand" if pins else ""),
-                hint="a seed keeps it" if pins else "`p2pgz pool stat` lists the pinned images",
+                hint="`p2pgz seed --remove` lets it go"
+                if pins
+                else "`p2pgz pool stat` lists the pinned images",
             )
         for digest in found:
             await self._pool.catalog.unpin(digest)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import structlog
 import trio
@@ -31,6 +31,7 @@ from p2pgz.pool.overflow import OVERFLOW_BYTES, Overflow
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.presence import iterate_bits
 from p2pgz.pool.segment import Segment, tenths_now
+from p2pgz.pool.users import NoUsers, Users
 
 log = structlog.get_logger(component="pool")
 
@@ -51,48 +52,10 @@ COMPLAIN_AGAIN_SECONDS: Final = 60.0
 # How much more is looked at than is needed, since not all of a segment may go
 CANDIDATES_FACTOR: Final = 2
 
-Rarity = Callable[[bytes], int | None]
-"""how many others have the chunk with this digest; None: unknown. Called in a worker thread"""
-
-
-class Users(Protocol):
-    """What the evictor must know of those who use segments."""
-
-    def mounted(self) -> Collection[Segment]:
-        """Segments of mounted images."""
-        ...
-
-    def is_mapped(self, segment: Segment) -> bool:
-        """Whether a process may answer reads from this segment's file, or is about to."""
-        ...
-
-    def may_punch(self) -> bool:
-        """False while a process that we cannot ask may answer reads from some segment."""
-        ...
-
-    async def acknowledge(self, segment: Segment) -> None:
-        """Return when no reply from bytes whose bits are cleared now is in flight."""
-        ...
-
-
-class NoUsers:
-    """Nobody reads but this process."""
-
-    def mounted(self) -> Collection[Segment]:
-        """See Users."""
-        return ()
-
-    def is_mapped(self, segment: Segment) -> bool:
-        """See Users."""
-        return False
-
-    def may_punch(self) -> bool:
-        """See Users."""
-        return True
-
-    async def acknowledge(self, segment: Segment) -> None:
-        """See Users."""
-        await trio.lowlevel.checkpoint()
+Copies = Callable[[int], int]
+"""how many others have chunk n"""
+Rarity = Callable[[Segment], Copies | None]
+"""the others' copies of a segment as they are known now, to be asked in a worker thread; None: unknown"""
 
 
 class Evictor:
@@ -238,15 +201,7 @@ class Evictor:
             if held < CANDIDATES_FACTOR * need_bytes and position + 1 < len(ordered):
                 continue
             chosen = [state for state in ordered if state.key in segments]
-            planned = await trio.to_thread.run_sync(
-                lambda chosen=chosen: plan(  # type: ignore[misc]  # bound, since the loop goes on
-                    chosen,
-                    lambda key: self._chunks_of(segments[key]),
-                    need_bytes,
-                    max_chunks=STEP_CHUNKS,
-                    used_before=used_before,
-                )
-            )
+            planned = await self._plan(chosen, segments, need_bytes, used_before)
             if sum(step.freed_bytes for step in planned) >= need_bytes:
                 break
             held = 0
@@ -254,6 +209,22 @@ class Evictor:
         for step in planned:
             freed += await self._take(segments[step.key], step, used_before)
         return freed
+
+    async def _plan(
+        self,
+        states: Sequence[SegmentState],
+        segments: Mapping[int, Segment],
+        need_bytes: int,
+        used_before: int | None,
+    ) -> list[Step]:
+        copies = {key: self._rarity(segment) for key, segment in segments.items()} if self._rarity else {}
+
+        def chunks_of(key: int) -> list[ChunkState]:
+            return _chunks_of(segments[key], copies.get(key))
+
+        return await trio.to_thread.run_sync(
+            lambda: plan(states, chunks_of, need_bytes, max_chunks=STEP_CHUNKS, used_before=used_before)
+        )
 
     def _states(self) -> list[SegmentState]:
         mounted = {segment.row for segment in self.users.mounted()}
@@ -273,18 +244,6 @@ class Evictor:
             states.append(SegmentState(row, held, row in mounted, last_mount, mounts, pin, bool(native)))
         return states
 
-    def _chunks_of(self, segment: Segment) -> list[ChunkState]:
-        """In a worker thread."""
-        here = int.from_bytes(segment.presence.to_bytes(), "little")
-        here |= int.from_bytes(segment.on_record.to_bytes(), "little")
-        size, kind, used_at = segment.table.size, segment.table.kind, segment.used_at
-        rarity = self._rarity
-        return [
-            ChunkState(n, size[n], used_at[n], rarity(segment.table.digest(n)) if rarity else None)
-            for n in iterate_bits(here.to_bytes(segment.presence.bitmap_bytes, "little"))
-            if kind[n] != ChunkKind.ZEROS
-        ]
-
     async def _take(self, segment: Segment, step: Step, used_before: int | None) -> int:
         """Remove what was planned, as far as that still holds."""
         try:
@@ -301,7 +260,7 @@ class Evictor:
                     return 0
                 if not self.users.may_punch():
                     raise StateError("a file system process of an earlier node may still read the pool")
-                freed = await self._pool.remove_chunks(segment, chunks, lambda: self._acknowledge(segment))
+                freed = await self._pool.remove_chunks(segment, chunks, lambda: self.acknowledge(segment))
                 count = len(chunks)
         except (P2pgzError, OSError) as error:
             self.counts["eviction_failures"] += 1
@@ -312,7 +271,8 @@ class Evictor:
         self.counts["evicted_bytes"] += freed
         return freed
 
-    async def _acknowledge(self, segment: Segment) -> None:
+    async def acknowledge(self, segment: Segment) -> None:
+        """`Users.acknowledge`, and StateError when it takes too long."""
         try:
             with trio.fail_after(ACKNOWLEDGE_SECONDS):
                 await self.users.acknowledge(segment)
@@ -383,6 +343,18 @@ class Evictor:
             "unkept_chunks": self._pool.overflow.chunks,
             "unkept_bytes_now": self._pool.overflow.bytes,
         }
+
+
+def _chunks_of(segment: Segment, copies: Copies | None) -> list[ChunkState]:
+    """In a worker thread."""
+    here = int.from_bytes(segment.presence.to_bytes(), "little")
+    here |= int.from_bytes(segment.on_record.to_bytes(), "little")
+    size, kind, used_at = segment.table.size, segment.table.kind, segment.used_at
+    return [
+        ChunkState(n, size[n], used_at[n], copies(n) if copies is not None else None)
+        for n in iterate_bits(here.to_bytes(segment.presence.bitmap_bytes, "little"))
+        if kind[n] != ChunkKind.ZEROS
+    ]
 
 
 def allocated_bytes(pool: Pool) -> int:

@@ -40,6 +40,7 @@ class ChunkRemoval(ChunkCopies):
         if segment.native_served:
             raise StateError(f"segment {segment.id} was served natively: it can only be dropped as a whole")
         wanted = set(chunks)
+        wanted |= _absent_on_the_same_pages(segment, wanted)
         lost_syncs = segment.lost_syncs
         before = await segment.begin_removal(wanted)
         try:
@@ -189,6 +190,25 @@ class ChunkRemoval(ChunkCopies):
 
 def _fresh_path(segment: Segment) -> Path:
     return segment.path.with_name(segment.path.name + TEMPORARY_SUFFIX)
+
+
+def _absent_on_the_same_pages(segment: Segment, chunks: Collection[int]) -> set[int]:
+    """Absent chunks that share a page with one of these. Space is given back by the page: if each of two neighbours were
+    punched by itself, their common page would stay for good."""
+    offset, size = segment.table.segment_offset, segment.table.size
+    found: set[int] = set()
+    for n in chunks:
+        for step, edge in ((-1, offset[n] // PAGE_BYTES), (1, (offset[n] + size[n]) // PAGE_BYTES)):
+            at = n + step
+            while (
+                0 <= at < segment.table.chunk_count
+                and at not in chunks
+                and offset[at] // PAGE_BYTES <= edge <= (offset[at] + size[at]) // PAGE_BYTES
+                and not (segment.presence.has(at) or segment.recorded(at) or segment.is_busy(at))
+            ):
+                found.add(at)
+                at += step
+    return found
 
 
 def punch_ranges(segment: Segment, chunks: Iterable[int]) -> list[tuple[int, int]]:

@@ -46,6 +46,8 @@ _SYS_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}.get(platform.machine())
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 Refetch = Callable[[Segment, list[int]], Awaitable[None]]
 """make wrong chunks present again; raises P2pgzError when no source has them"""
+FoundWrong = Callable[[Segment, list[int]], None]
+"""told of wrong chunks (ascending) once they are absent: kernels have to forget what they cached of them"""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -53,22 +55,34 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Scrubber:
     """One per node."""
 
-    def __init__(self, pool: Pool, refetch: Refetch, *, is_busy: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        refetch: Refetch,
+        *,
+        is_busy: Callable[[], bool] = lambda: False,
+        found_wrong: FoundWrong = lambda segment, chunks: None,
+    ) -> None:
         self._pool = pool
         self._refetch = refetch
+        self._found_wrong = found_wrong
         self._is_busy = is_busy
         self._running = trio.Lock()
         self._asked = 0  # commands that run or wait: an idle pass gives way
+        self._called = trio.Event()
         self.counts: Counter[str] = Counter()
 
     async def scrub(self, bytes_per_second: int, progress: Progress) -> dict[str, Any]:
         """Everything once; 0 bytes per second is no limit. Returns what was found."""
         self._asked += 1
+        self._called.set()
         try:
             async with self._running:
                 return await self._pass(bytes_per_second, progress, (0, 0), idle=False)
         finally:
             self._asked -= 1
+            if not self._asked:
+                self._called = trio.Event()
 
     async def run(self, interval_seconds: float, bytes_per_second: int) -> None:
         """Passes in idle time, one each interval; until cancelled."""
@@ -76,7 +90,8 @@ class Scrubber:
             await trio.sleep(IDLE_TICK_SECONDS)
             try:
                 finished = self._pool.fact("scrub_finished")
-                if finished is None:  # a new pool: what was just written was just checked
+                # a new pool: what was just written was just checked; or the clock was ahead, and then is not to stop us
+                if finished is None or float(finished) > time.time():
                     finished = time.time()
                     await self._pool.set_facts({"scrub_finished": finished})
                 if self._asked or self._is_busy() or time.time() < float(finished) + interval_seconds:
@@ -100,7 +115,7 @@ class Scrubber:
     ) -> dict[str, Any]:
         found: Counter[str] = Counter()
         wrong: list[str] = []
-        started = noted = trio.current_time()
+        noted = trio.current_time()
         rows = [row for row, *_ in self._pool.heat()]
         total = self._pool.stats().bytes
         for row in sorted(row for row in rows if row >= cursor[0]):
@@ -109,18 +124,19 @@ class Scrubber:
                 found["unusable_segments"] += 1
                 continue
             for step in _steps(segment, cursor[1] if row == cursor[0] else 0):
+                while idle and not self._asked and self._is_busy():
+                    await self._pause(trio.current_time() + IDLE_TICK_SECONDS, idle=idle)
                 if idle and self._asked:
                     await self._note_cursor(row, step[0])
                     return _summary(found, wrong, finished=False)
-                while idle and self._is_busy():  # noqa: ASYNC110  # looked at once a second; nobody could tell us
-                    await trio.sleep(IDLE_TICK_SECONDS)
+                begin, bytes_before = trio.current_time(), found["bytes"]
                 bad = await self._step(segment, step, found)
                 wrong += [f"chunk {n} of segment {segment.id}" for n in bad]
                 if bad:
                     await self._repair(segment, bad, found)
+                if bytes_per_second:  # step by step: what a pause or a slow disk cost is not made up for
+                    await self._pause(begin + (found["bytes"] - bytes_before) / bytes_per_second, idle=idle)
                 now = trio.current_time()
-                if bytes_per_second:
-                    await trio.sleep(max(0.0, started + found["bytes"] / bytes_per_second - now))
                 if idle and now - noted > CURSOR_SECONDS:
                     noted = now
                     await self._note_cursor(row, step[-1] + 1)
@@ -134,6 +150,11 @@ class Scrubber:
                 )
         await self._pool.set_facts({"scrub_finished": time.time(), "scrub_cursor": "0 0"})
         return _summary(found, wrong, finished=True)
+
+    async def _pause(self, until: float, *, idle: bool) -> None:
+        """A command ends the pauses of an idle pass."""
+        with trio.move_on_at(until):
+            await (self._called if idle else trio.Event()).wait()
 
     async def _note_cursor(self, row: int, n: int) -> None:
         await self._pool.set_facts({"scrub_cursor": f"{row} {n}"})
@@ -156,6 +177,7 @@ class Scrubber:
         if bad:
             log.error("pool.silent_corruption", file=str(segment.path), chunks=len(bad))
             await self._pool.forget_wrong(segment, bad)
+            self._found_wrong(segment, bad)
         return bad
 
     async def _repair(self, segment: Segment, bad: list[int], found: Counter[str]) -> None:

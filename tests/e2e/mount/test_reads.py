@@ -212,7 +212,7 @@ async def test_many_stuck_readers_do_not_stop_others(image: ImageOnDisk, tmp_pat
 async def test_node_that_says_present_of_an_absent_chunk_is_not_believed(
     image: ImageOnDisk, tmp_path: Path
 ) -> None:
-    async with mounted(image, tmp_path / "root") as m:
+    async with mounted(image, tmp_path / "root", read_deadline_seconds=1.0) as m:
         calls = 0
 
         async def lie(*_: int) -> None:
