@@ -30,6 +30,7 @@ COMMANDS = {
     "config": ("config", "Show, check or print the configuration."),
     "node": ("node", "Run the node daemon."),
     "upgrade": ("upgrade", "Go on as the installed version, keeping all mounts."),
+    "bench": ("bench", "Measure how fast lazy images are on this host."),
     "demo": ("demo", "Show on this machine what p2pgz does."),
 }
 

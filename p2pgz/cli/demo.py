@@ -164,7 +164,7 @@ def demo(settings: Settings, /, as_json: bool) -> None:
         async with FakeRegistry.open() as registry:
             return await trio.to_thread.run_sync(_tour, folder, registry.address, say)
 
-    with tempfile.TemporaryDirectory(prefix="p2pgz-demo-", dir=_roomy_directory()) as name:
+    with tempfile.TemporaryDirectory(prefix="p2pgz-demo-", dir=roomy_directory()) as name:
         result = trio.run(run, Path(name))
     if as_json:
         print_json(result)
@@ -184,7 +184,7 @@ def demo(settings: Settings, /, as_json: bool) -> None:
         click.echo(f"{label:20}{value}")
 
 
-def _roomy_directory() -> str | None:
+def roomy_directory() -> str | None:
     """The place for large temporary files: on a disk where the usual one may be a tmpfs, which a pool cannot use."""
     roomy = "/var/tmp"  # noqa: S108  # mkdtemp makes a private folder there
     return roomy if os.access(roomy, os.W_OK) else None

@@ -240,9 +240,7 @@ async def _run_dht(peering: Peering, admission: Admission) -> None:
             peering.dht_is(dht)
             dht.host.serve_streams(indirect.PROTOCOL, peering.exchange.accept)
             dht.host.on_observed(peering.own.observed)
-            peering.own.watchers.append(
-                lambda found: dht.host.announce([str(address) for address in found])
-            )
+            peering.own.watchers.append(lambda found: dht.host.announce([str(address) for address in found]))
             await peering.discovery.use(dht)
     except P2pgzError as error:
         log.error("dht.failed", reason=str(error), effect="peers that are connected go on being asked")
