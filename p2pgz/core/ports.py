@@ -138,6 +138,13 @@ class PeerSource(Protocol):
         """
         ...
 
+    async def search(self, digest: bytes) -> bool:
+        """Look for further peers that have this TOC, layer or document, and connect to them; whether any are connected now.
+
+        Takes seconds; to be cancelled when it is of no use any more.
+        """
+        ...
+
 
 class IndexPeers(PeerSource, Protocol):
     """Peers that also tell of the own indexes of plain layers (`core.indexclaim`)."""

@@ -1,27 +1,28 @@
 """Who has a swarm's chunks: asks the DHT for providers and connects to them, and tells the DHT what this host provides.
 
 Beside the race, never in the way of a read: what is found here shows as more holders the next time somebody misses a
-chunk. It is also what the DHT answers others from (`Holdings`).
+chunk. What is told is `fetch.announcing`'s business, what others are answered `fetch.holdings`'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
 
-from p2pgz.core.digest import SHA256_MULTIHASH_PREFIX, Digest
+from p2pgz.core.digest import Digest
 from p2pgz.core.keyspace import Contact
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.errors import P2pgzError
+from p2pgz.fetch.announcing import Announcing
+from p2pgz.fetch.holdings import PoolHoldings
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.indirect import Indirect
-from p2pgz.pool.pool import Pool, Segment
-from p2pgz.pool.segment import SHARED_DOMAIN
+from p2pgz.pool.pool import Pool
 
 if TYPE_CHECKING:
     from p2pgz.p2p.dht import Dht
@@ -43,16 +44,19 @@ REACHED_MAX: Final = 64
 class Discovery:
     """Joins exchange, pool and DHT. `run` and `use` do the work; the other methods return at once."""
 
-    def __init__(self, exchange: Exchange, pool: Pool, shares: Shares) -> None:
+    def __init__(
+        self, exchange: Exchange, pool: Pool, shares: Shares, announcing: Announcing | None = None
+    ) -> None:
         self._exchange = exchange
         self._pool = pool
-        self._shares = shares
-        self._dht: Dht | None = None
+        self.holdings = PoolHoldings(exchange, pool, shares, self._addresses_of)
+        """what the DHT answers others from"""
+        self._announcing = announcing or Announcing(pool, shares)
+        self.dht: Dht | None = None
+        """while it is open"""
         self._indirect: Indirect | None = None
         self._wanted: dict[bytes, float] = {}  # swarm -> when to look again
         self._wake = trio.Event()
-        self._provided: dict[Digest, bool] = {}  # segment -> whether all of it
-        self._documents: set[Digest] = set()
         self._reached: dict[bytes, bytes] = {}
 
     # --- what the race and the bootstrap say
@@ -65,33 +69,25 @@ class Discovery:
 
     def interested(self, swarm: bytes) -> None:
         """Somebody reads this swarm."""
+        self.holdings.followed(swarm)
         if swarm not in self._wanted:
             self._wanted[swarm] = trio.current_time()
             self._wake.set()
 
     def uninterested(self, swarm: bytes) -> None:
         """Nobody does any more."""
+        self.holdings.unfollowed(swarm)
         self._wanted.pop(swarm, None)
 
-    def provide_documents(self, digests: Iterable[Digest]) -> None:
-        """A manifest and a config that this host gives to whoever asks."""
-        self._documents.update(digests)
+    # --- who is there
 
-    # --- what the DHT asks (Holdings)
-
-    def holds(self, digest: bytes) -> bool:
-        """Whether this host has a chunk, TOC, manifest or config that is shared with everyone."""
-        if self._shares.is_open_document(digest):
-            return True
-        place = self._pool.find(SHARED_DOMAIN, digest)
-        if place is not None:
-            return self._shares.is_open_segment(place[0].id.raw)
-        segment = self._pool.segment(Digest(digest)) if self._shares.is_open_segment(digest) else None
-        return segment is not None and segment.presence.present_count() > 0
-
-    def holders(self, digest: bytes) -> list[Contact]:
-        """Connected peers whose bitmaps show it."""
-        return []
+    def _addresses_of(self, peer: bytes) -> tuple[bytes, ...]:
+        """Where a connected peer listens: where we reached it, else what it has told the DHT."""
+        reached = self._reached.get(peer)
+        if reached is not None:
+            return (reached,)
+        contact = self.dht.contact(peer) if self.dht is not None else None
+        return contact.addresses if contact is not None else ()
 
     def connected(self) -> list[Contact]:
         """Connected peers, and where they were reached."""
@@ -104,16 +100,17 @@ class Discovery:
         """For ever: look for providers of what is read."""
         limit = trio.CapacityLimiter(SWARMS_AT_ONCE)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.holdings.run)
             while True:
                 now = trio.current_time()
                 for swarm, due in list(self._wanted.items()):
-                    if due <= now and self._dht is not None:
+                    if due <= now and self.dht is not None:
                         self._wanted[swarm] = now + AGAIN_SECONDS
                         nursery.start_soon(self._look_up, swarm, limit)
                 self._wake = trio.Event()
                 with trio.move_on_at(min(self._wanted.values(), default=now + AGAIN_SECONDS)):
                     await self._wake.wait()
-                if self._dht is None:
+                if self.dht is None:
                     await trio.sleep(0.2)
 
     async def _look_up(self, swarm: bytes, limit: trio.CapacityLimiter) -> None:
@@ -121,36 +118,26 @@ class Discovery:
         if segment is not None and segment.presence.present_count() == segment.table.chunk_count:
             return
         async with limit:
-            dht = self._dht
-            if dht is None:
-                return
             found = 0
-            try:
-                with trio.move_on_after(LOOKUP_SECONDS):
-                    async with dht.kad.providers(
-                        SHA256_MULTIHASH_PREFIX + swarm, wanted=PROVIDERS_WANTED
-                    ) as providers:
-                        async for contact in providers:
-                            found += await self.reach(contact)
-            except P2pgzError as error:
-                log.debug("discovery.failed", reason=error.what)
+            with trio.move_on_after(LOOKUP_SECONDS):
+                found = await self.find(Digest(swarm))
         if not found and swarm in self._wanted:
             self._wanted[swarm] = min(self._wanted[swarm], trio.current_time() + SOON_SECONDS)
             self._wake.set()
 
-    async def reach(self, contact: Contact) -> int:
-        """Be connected to a peer: by its addresses, or on a stream of its own connection. Whether it is (0 or 1)."""
+    async def reach(self, contact: Contact) -> bool:
+        """Be connected to a peer: by its addresses, or on a stream of its own connection. Whether it is."""
         peer = PeerId(contact.peer)
         if peer == self._exchange.own_id:
-            return 0
+            return False
         if self._exchange.connection(peer) is not None:
-            return 1
+            return True
         if (
             self._indirect is not None
             and self._indirect.is_preferred(peer)
             and await self._connect_indirectly(peer)
         ):
-            return 1
+            return True
         for raw in contact.addresses:
             try:
                 address = PeerAddress.from_bytes(raw)
@@ -158,54 +145,56 @@ class Discovery:
             except (ValueError, P2pgzError) as error:
                 log.debug("discovery.dial_failed", peer=str(peer), reason=str(error))
                 continue
-            return 1
+            self.learned(peer, address)
+            return True
         return await self._connect_indirectly(peer)
 
-    async def _connect_indirectly(self, peer: PeerId) -> int:
+    async def _connect_indirectly(self, peer: PeerId) -> bool:
         if self._indirect is None:
-            return 0
+            return False
         try:
             await self._indirect.connect(peer)
         except P2pgzError as error:
             log.debug("discovery.indirect_failed", peer=str(peer), reason=error.what)
-            return 0
-        return 1
+            return False
+        return True
 
     async def use(self, dht: Dht) -> None:
         """Announce what the pool has to the DHT, for as long as it is open."""
-        self._dht = dht
+        self.dht = dht
         self._indirect = Indirect(dht.host.open_stream, self._exchange.dialler.through)
         self._wake.set()
+        self._announcing.begin()
         try:
             while True:
-                self._announce(dht)
+                await self._announcing.compare(dht)
                 await trio.sleep(ANNOUNCE_SECONDS)
         finally:
-            self._dht = self._indirect = None
+            self.dht = self._indirect = None
 
-    def _announce(self, dht: Dht) -> None:
-        announcer = dht.announcer
-        current: dict[Digest, bool] = {}
-        for segment in self._pool.segments():
-            if segment.domain != SHARED_DOMAIN or not self._shares.is_open_segment(segment.id.raw):
-                continue
-            present = segment.presence.present_count()
-            if present:
-                current[segment.id] = present == segment.table.chunk_count
-        for digest, complete in current.items():
-            if self._provided.get(digest) == complete:
-                continue
-            held = self._pool.segment(digest)
-            assert held is not None
-            announcer.provide(SHA256_MULTIHASH_PREFIX + digest.raw)
-            announcer.hold(digest.raw, _digests_of(held), complete=complete)
-        for digest in self._provided.keys() - current.keys():
-            announcer.withdraw(SHA256_MULTIHASH_PREFIX + digest.raw)
-            announcer.drop(digest.raw)
-        self._provided = current
-        for digest in {*self._documents, *self._shares.open_documents()}:
-            if SHA256_MULTIHASH_PREFIX + digest.raw not in dht.kad.announced:
-                announcer.provide(SHA256_MULTIHASH_PREFIX + digest.raw)
+    async def find(self, name: Digest, *, wanted: int = PROVIDERS_WANTED) -> int:
+        """Connect to providers of a TOC, layer or document, as the DHT names them; returns how many there are now.
+
+        Time-outs are the caller's; with no DHT there are none.
+        """
+        dht = self.dht
+        if dht is None:
+            await trio.lowlevel.checkpoint()
+            return 0
+        reached: set[bytes] = set()
+
+        async def dial(contact: Contact) -> None:
+            if await self.reach(contact):
+                reached.add(contact.peer)
+
+        async with trio.open_nursery() as nursery:
+            try:
+                async with dht.kad.providers(name.multihash, wanted=wanted) as providers:
+                    async for contact in providers:
+                        nursery.start_soon(dial, contact)  # one that is gone holds up no other
+            except P2pgzError as error:
+                log.debug("discovery.failed", reason=error.what)
+        return len(reached)
 
 
 class DiscoveringPeers:
@@ -218,7 +207,6 @@ class DiscoveringPeers:
         self.swarm_holders = exchange.swarm_holders
         self.fetch = exchange.fetch
         self.document = exchange.document
-        self.index_claims = exchange.index_claims
         self.blame = exchange.blame
 
     def follow(self, swarm: bytes, secret: bytes = b"") -> None:
@@ -227,15 +215,24 @@ class DiscoveringPeers:
         if not secret:  # what only provers may have is not looked for in the DHT
             self._discovery.interested(swarm)
 
+    async def search(self, digest: bytes) -> bool:
+        """See PeerSource."""
+        return await self._discovery.find(Digest(digest)) > 0
+
+    async def index_claims(self, diff_id: bytes, told: Callable[[PeerId, bytes], None]) -> None:
+        """See IndexPeers: those that are connected, and only if none of them knows the layer those whom the DHT names."""
+        known = False
+
+        def note(peer: PeerId, data: bytes) -> None:
+            nonlocal known
+            known = True
+            told(peer, data)
+
+        await self._exchange.index_claims(diff_id, note)
+        if not known and await self.search(diff_id):
+            await self._exchange.index_claims(diff_id, told)
+
     def unfollow(self, swarm: bytes) -> None:
         """See PeerSource."""
         self._exchange.unfollow(swarm)
         self._discovery.uninterested(swarm)
-
-
-def _digests_of(segment: Segment) -> Callable[[], Sequence[bytes]]:
-    def digests() -> list[bytes]:
-        table = segment.table
-        return [table.digest(n) for n in range(table.chunk_count) if segment.presence.has(n)]
-
-    return digests

@@ -63,7 +63,8 @@ class Documents:
     async def _fetch(
         self, digest: Digest, limit_bytes: int, from_source: Callable[[], Awaitable[bytes]], access: Access
     ) -> bytes:
-        if self._peers is None or not access.peers:
+        peers = self._peers
+        if peers is None or not access.peers:
             return await self.keep(digest, await from_source(), access)
         found: list[bytes] = []
         failures: list[P2pgzError] = []
@@ -73,6 +74,11 @@ class Documents:
 
             async def ask_peers() -> None:
                 document = await self.from_peers(digest, limit_bytes=limit_bytes, access=access)
+                if document is None and not access.secret:
+                    head_start.set()  # the source is not to wait for what may take seconds
+                    with trio.move_on_after(PEERS_SECONDS):
+                        if await peers.search(digest.raw):
+                            document = await self.from_peers(digest, limit_bytes=limit_bytes, access=access)
                 if document is not None:
                     found.append(document)
                     nursery.cancel_scope.cancel()

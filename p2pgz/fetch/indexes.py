@@ -72,6 +72,7 @@ class PlainIndexes:
         self._pool = pool
         self._directory = directory
         self._maker = maker
+        self._diff_ids: dict[Digest, Digest] = {}
 
     def record(self, diff_id: Digest) -> IndexRecord | None:
         """What is known of a layer; a file of some hundred bytes is read each time."""
@@ -89,6 +90,25 @@ class PlainIndexes:
         except Exception as error:  # noqa: BLE001  # whatever the disk made of it, it is made again
             log.warning("index.record_unusable", diff_id=str(diff_id), reason=str(error))
             return None
+
+    async def load(self) -> None:
+        """Read which segment is which layer; `diff_id_of` knows only new ones before."""
+
+        def read() -> dict[Digest, Digest]:
+            found = {}
+            for path in self._directory.glob("*" + RECORD_SUFFIX):
+                with suppress(ValueError):
+                    diff_id = Digest(bytes.fromhex(path.stem))
+                    record = self.record(diff_id)
+                    if record is not None and record.checked:
+                        found[record.segment] = diff_id
+            return found
+
+        self._diff_ids = {**await trio.to_thread.run_sync(read), **self._diff_ids}
+
+    def diff_id_of(self, segment: Digest) -> Digest | None:
+        """Which layer a segment is, if its index has been checked against the layer's whole stream."""
+        return self._diff_ids.get(segment)
 
     def unchecked(self) -> Iterator[tuple[Digest, IndexRecord]]:
         """Layers of which there is only a trusted maker's word so far."""
@@ -131,6 +151,8 @@ class PlainIndexes:
             await trio.to_thread.run_sync(write)
         except OSError as error:
             raise PoolFull(f"{self._directory}: {error.strerror}") from error
+        if record.checked:
+            self._diff_ids[record.segment] = diff_id
 
     def claim(self, diff_id: Digest) -> tuple[Segment, Digest, bytes] | None:
         """What peers are told of a layer, with the segment and the document that it is about; None: nothing."""

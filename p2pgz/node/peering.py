@@ -7,7 +7,7 @@ library takes most of a second to load and nobody waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,9 +17,11 @@ import trio
 
 from p2pgz.config import PeersConfig
 from p2pgz.core.admission import Admission
+from p2pgz.core.digest import Digest
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.errors import ConfigError, P2pgzError, StateError
+from p2pgz.fetch.announcing import Announcing
 from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
 from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
@@ -145,7 +147,16 @@ async def open_peering(
             plane.addresses,
             configured=[PeerAddress.parse(text, where="peers.announce") for text in config.announce],
         )
-        discovery = Discovery(plane.exchange, pool, shares)
+        await indexes.load()
+
+        def layer_names(segment: Digest) -> list[Digest]:
+            diff_id, known = indexes.diff_id_of(segment), pool.segment(segment)
+            if diff_id is None or known is None:
+                return []
+            return [diff_id, *([known.meta.blob_digest] if known.meta.blob_digest is not None else [])]
+
+        announcing = Announcing(pool, shares, layer_names=layer_names)
+        discovery = Discovery(plane.exchange, pool, shares, announcing)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
             try:
@@ -234,13 +245,18 @@ async def _run_dht(peering: Peering, admission: Admission) -> None:
             peering.identity,
             announce=[str(address) for address in peering.own.current],
             admission=admission,
-            holdings=peering.discovery,
+            holdings=peering.discovery.holdings,
             bootstrap=peering.bootstrapper.contacts,
         ) as dht:
             peering.dht_is(dht)
             dht.host.serve_streams(indirect.PROTOCOL, peering.exchange.accept)
             dht.host.on_observed(peering.own.observed)
-            peering.own.watchers.append(lambda found: dht.host.announce([str(address) for address in found]))
+
+            def moved(found: Sequence[PeerAddress]) -> None:
+                dht.host.announce([str(address) for address in found])
+                dht.announcer.moved()
+
+            peering.own.watchers.append(moved)
             await peering.discovery.use(dht)
     except P2pgzError as error:
         log.error("dht.failed", reason=str(error), effect="peers that are connected go on being asked")
