@@ -1,13 +1,13 @@
 """Chunks from peers: the quickest holder first, a second one when it is slow, the registry when none makes progress.
 
 Called by `ChunkFetcher` for chunks that are missing here and that some connected peer says it has. Nothing is decided in
-here (`core.race`) and nobody is waited for: a chunk that no peer gives goes to the source's lane, where it would have
-been without peers. Losers are cancelled, which makes the exchange forget their answers.
+here (`core.race`) and nobody is waited for: each batch of chunks is a task of its own (`fetch.chase`), and what no peer
+gives goes to the source's lane, where it would have been without peers. Losers are cancelled, which makes the exchange
+forget their answers.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -19,8 +19,7 @@ from p2pgz.core.ports import Holder, PeerSource
 from p2pgz.core.race import PROGRESS_SECONDS, HedgeBudget, Latencies, assign
 from p2pgz.core.schedule import Priority
 from p2pgz.core.sharing import swarm_name
-from p2pgz.core.verify import VerifiedChunk
-from p2pgz.errors import P2pgzError, PeerFault
+from p2pgz.fetch.chase import Chase
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.origin import Origin
@@ -53,14 +52,15 @@ class Race:
         trace: Trace,
         to_source: ToSource,
     ) -> None:
-        self._peers = peers
-        self._pool = pool
+        self.peers = peers
+        self.pool = pool
+        self.counters = counters
+        self.to_source = to_source
+        self.budget = HedgeBudget()
+        self.busy_until: dict[PeerId, float] = {}
         self._nursery = nursery
-        self._counters = counters
         self._trace = trace
-        self._to_source = to_source
         self._latencies: dict[PeerId, Latencies] = {}
-        self._budget = HedgeBudget()
         self._followed: dict[bytes, float] = {}
 
     def interested(self, origin: Origin) -> None:
@@ -70,10 +70,10 @@ class Race:
             return
         now = trio.current_time()
         if swarm not in self._followed:
-            self._peers.follow(swarm, origin.secret)
+            self.peers.follow(swarm, origin.secret)
             for other in [key for key, used in self._followed.items() if now - used > FOLLOW_SECONDS]:
                 del self._followed[other]
-                self._peers.unfollow(other)
+                self.peers.unfollow(other)
         self._followed[swarm] = now
 
     def start(self, origin: Origin, chunks: Sequence[int], priority: Priority, deadline: float) -> None:
@@ -82,20 +82,20 @@ class Race:
         if swarm is None:
             return
         self.interested(origin)
-        holders = self._peers.swarm_holders(swarm)
+        holders = self.peers.swarm_holders(swarm)
         if not holders:
             return
         mine = [n for n in chunks if n not in origin.flights and any(holder.has(n) for holder in holders)]
         for n in mine:
             origin.flights[n] = Flight(n, priority, deadline)
-        self._chase_all(origin, mine, priority, holders)
+        self._chase_all(origin, swarm, mine, holders)
 
     def copies(self, origin: Origin) -> Callable[[int], int] | None:
         """How many connected peers have each chunk; None for what is not shared. May be asked in a thread."""
         swarm = swarm_of(origin)
         if swarm is None:
             return None
-        holders = list(self._peers.swarm_holders(swarm))
+        holders = list(self.peers.swarm_holders(swarm))
         return lambda n: sum(holder.has(n) for holder in holders)
 
     async def watch(self, origins: Callable[[], Iterable[Origin]]) -> None:
@@ -116,25 +116,26 @@ class Race:
         swarm = swarm_of(origin) if waiting else None
         if swarm is None:
             return
-        holders = self._peers.swarm_holders(swarm)
+        holders = self.peers.swarm_holders(swarm)
         found = [n for n in waiting if any(holder.has(n) for holder in holders)]
-        self._chase_all(origin, found, Priority.BLOCKED_READ, holders)
+        self._chase_all(origin, swarm, found, holders)
 
     def _chase_all(
-        self, origin: Origin, chunks: Sequence[int], priority: Priority, holders: Sequence[Holder]
+        self, origin: Origin, swarm: bytes, chunks: Sequence[int], holders: Sequence[Holder]
     ) -> None:
         sizes = origin.segment.table.size
+        now = trio.current_time()
         plan = assign(
             {n: [holder.peer for holder in holders if holder.has(n)] for n in chunks},
             sizes,
-            {holder.peer: holder.wait_seconds for holder in holders},
+            {h.peer: h.wait_seconds + max(0.0, self.busy_until.get(h.peer, 0.0) - now) for h in holders},
             {holder.peer: holder.bytes_per_second for holder in holders},
         )
         for peer, share in plan.items():
             for batch in _batches(share, sizes):
                 for n in batch:
                     origin.flights[n].chased = True
-                self._nursery.start_soon(_Chase(self, origin, batch, priority, peer).run)
+                self._nursery.start_soon(Chase(self, origin, swarm, batch, peer).run)
 
     def latencies(self, peer: PeerId) -> Latencies:
         """What is known of a peer's speed."""
@@ -144,171 +145,16 @@ class Race:
             del self._latencies[next(iter(self._latencies))]
         return found
 
+    def is_busy(self, peer: PeerId, seconds: float) -> None:
+        """See `Shared`."""
+        self.busy_until.pop(peer, None)
+        self.busy_until[peer] = trio.current_time() + seconds
+        if len(self.busy_until) > PEERS_REMEMBERED:
+            del self.busy_until[next(iter(self.busy_until))]
 
-class _Chase:
-    """Some chunks, asked of one peer, then perhaps of others, until all have landed or are the source's."""
-
-    def __init__(
-        self, race: Race, origin: Origin, chunks: list[int], priority: Priority, peer: PeerId
-    ) -> None:
-        self._race = race
-        self._origin = origin
-        self._left = dict.fromkeys(chunks)
-        self._priority = priority
-        self._first = peer
-        self._tried: dict[int, set[PeerId]] = defaultdict(set)
-        self._given = False
-        self._running = 0
-        self._progress_at = trio.current_time()
-        self._changed = trio.Event()
-
-    async def run(self) -> None:
-        try:
-            async with trio.open_nursery() as nursery:
-                self._ask(nursery, self._first, list(self._left), hedge=False)
-                await self._watch(nursery)
-                nursery.cancel_scope.cancel()
-        except Exception:  # a bug in here must cost the peers their turn, not the readers their chunks
-            log.exception("fetch.bug", segment=str(self._origin.segment.id))
-        self._release()
-
-    async def _watch(self, nursery: trio.Nursery) -> None:
-        """Hedge when the first peer is slow; give up on all when nobody shows progress or nobody is left."""
-        hedge_at = trio.current_time() + self._race.latencies(self._first).hedge_after_seconds()
-        hedged = False
-        while self._pending():
-            if not self._running and not self._ask_next(nursery, self._pending()):
-                return
-            give_at = self._progress_at + PROGRESS_SECONDS
-            until = give_at if hedged else min(hedge_at, give_at)
-            with trio.move_on_at(until):
-                await self._changed.wait()
-            self._changed = trio.Event()
-            now = trio.current_time()
-            if not hedged and now >= hedge_at:
-                hedged = True
-                waiting = [n for n in self._pending() if self._is_waited_for(n)]
-                if waiting and self._progress_at < hedge_at - 1e-9 and self._afford(waiting):
-                    self._ask_next(nursery, waiting)
-            if now >= self._progress_at + PROGRESS_SECONDS and not self._given:
-                self._give()
-
-    def _pending(self) -> list[int]:
-        """What has not landed, from whomever."""
-        flights = self._origin.flights
-        for n in [n for n in self._left if n not in flights]:
-            del self._left[n]
-        return list(self._left)
-
-    def _is_waited_for(self, n: int) -> bool:
-        flight = self._origin.flights.get(n)
-        return flight is not None and flight.priority <= Priority.READ_AHEAD
-
-    def _afford(self, chunks: Iterable[int]) -> bool:
-        sizes = self._origin.segment.table.size
-        return self._race._budget.hedge(sum(sizes[n] for n in chunks))
-
-    def _ask_next(self, nursery: trio.Nursery, chunks: Sequence[int]) -> bool:
-        """Ask the best peers not asked yet; false when there is none for any of the chunks."""
-        swarm = swarm_of(self._origin)
-        assert swarm is not None
-        holders = self._race._peers.swarm_holders(swarm)
-        plan: dict[PeerId, list[int]] = defaultdict(list)
-        for n in chunks:
-            for holder in holders:
-                if holder.peer not in self._tried[n] and holder.has(n):
-                    plan[holder.peer].append(n)
-                    break
-        for peer, share in plan.items():
-            self._ask(nursery, peer, share, hedge=True)
-        return bool(plan)
-
-    def _ask(self, nursery: trio.Nursery, peer: PeerId, chunks: list[int], *, hedge: bool) -> None:
-        for n in chunks:
-            self._tried[n].add(peer)
-            if hedge and (flight := self._origin.flights.get(n)) is not None:
-                flight.hedges += 1
-        if not hedge:
-            sizes = self._origin.segment.table.size
-            self._race._budget.ask(sum(sizes[n] for n in chunks))
-        self._running += 1
-        nursery.start_soon(self._from_peer, peer, sorted(chunks))
-
-    async def _from_peer(self, peer: PeerId, chunks: list[int]) -> None:
-        origin, race = self._origin, self._race
-        swarm = swarm_of(origin)
-        assert swarm is not None
-        asked_at = trio.current_time()
-        first = True
-
-        async def landed(good: list[tuple[int, VerifiedChunk]]) -> None:
-            nonlocal first
-            if first:
-                first = False
-                race.latencies(peer).sample(trio.current_time() - asked_at)
-            await self._keep(peer, good)
-
-        try:
-            answer = await race._peers.fetch(
-                peer, swarm, origin.segment.table, chunks, priority=self._priority, landed=landed
-            )
-            if answer.missing or answer.busy:
-                log.debug(
-                    "peer.left_over", peer=str(peer), missing=len(answer.missing), busy=len(answer.busy)
-                )
-        except P2pgzError as error:
-            race._counters.peer_failures += 1
-            log.info("peer.failed", peer=str(peer), chunks=len(chunks), reason=error.what)
-            if first and not isinstance(error, PeerFault):
-                race.latencies(peer).sample(trio.current_time() - asked_at)
-        finally:
-            self._running -= 1
-            self._changed.set()
-
-    async def _keep(self, peer: PeerId, good: list[tuple[int, VerifiedChunk]]) -> None:
-        """Into the pool; whoever else fetches one of these has lost."""
-        origin, race = self._origin, self._race
-        wanted = [(n, chunk) for n, chunk in good if not origin.segment.presence.has(n)]
-        race._counters.wasted_bytes += sum(len(chunk) for _, chunk in good) - sum(
-            len(chunk) for _, chunk in wanted
-        )
-        error: P2pgzError | None = None
-        try:
-            await race._pool.add_many(origin.segment, wanted)
-        except P2pgzError as failure:  # this host's own trouble: nobody else could help
-            error = failure
-        else:
-            race._counters.from_peers(chunk for _, chunk in wanted)
-        for n, _ in good:
-            flight = origin.flights.pop(n, None)
-            origin.wanted.pop(n, None)
-            self._left.pop(n, None)
-            if flight is None:
-                continue
-            if error is None:
-                race._trace.note(origin.segment, flight, f"peer {peer}")
-                flight.land()
-            else:
-                flight.fail(error)
-        self._progress_at = trio.current_time()
-        self._changed.set()
-
-    def _give(self) -> None:
-        """Let the source's lane try as well."""
-        self._given = True
-        chunks = [n for n in self._pending() if not self._origin.flights[n].at_source]
-        if chunks:
-            self._race._to_source(self._origin, chunks)
-
-    def _release(self) -> None:
-        """No peer is asked any more: what is left is the source's alone."""
-        flights = self._origin.flights
-        left = self._pending()
-        for n in left:
-            flights[n].chased = False
-        chunks = [n for n in left if not flights[n].at_source]
-        if chunks:
-            self._race._to_source(self._origin, chunks)
+    def note(self, origin: Origin, flight: Flight, peer: PeerId) -> None:
+        """See `Shared`."""
+        self._trace.note(origin.segment, flight, f"peer {peer}")
 
 
 def swarm_of(origin: Origin) -> bytes | None:

@@ -135,6 +135,8 @@ class Downloads:
         self.documents: dict[int, tuple[DocumentRequest, Fetch]] = {}
         self.outstanding_bytes = 0
         self.received_bytes = 0
+        self.dropped_bytes = 0
+        """that came and nobody waited for any more"""
         self.link = LinkEstimate()
         self.waiting_for_room: set[Fetch] = set()
 
@@ -173,7 +175,9 @@ class Downloads:
         size = len(frame.payload)
         coming.got += size
         self.received_bytes += size
-        if not request.forgotten:
+        if request.forgotten:
+            self.dropped_bytes += size
+        else:
             coming.parts.append(frame.payload)
         if coming.got < coming.total:
             return False
@@ -286,6 +290,7 @@ class Downloads:
             return False
         request.forgotten = True
         for coming in request.chunks.values():
+            self.dropped_bytes += coming.got
             coming.parts.clear()
         return True
 

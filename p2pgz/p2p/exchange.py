@@ -67,7 +67,7 @@ class Exchange:
         self._handshakes = 0
         self.standing = Standing()
         self.dialler = Dialler(credentials, self.standing, nursery, self.connection, self._adopt)
-        self.chunks = self.bytes = 0
+        self.chunks = self.bytes = self._dropped_bytes = 0
 
     @classmethod
     @asynccontextmanager
@@ -167,6 +167,7 @@ class Exchange:
         try:
             await connection.run()
         finally:
+            self._dropped_bytes += connection.downloads.dropped_bytes
             group = self._connections[connection.peer]
             group.remove(connection)
             if not group:
@@ -353,6 +354,11 @@ class Exchange:
         except Exception:  # one broken segment must not keep the others from being told
             log.exception("peer.bug")
             return None
+
+    @property
+    def dropped_bytes(self) -> int:
+        """That came and nobody waited for any more: somebody else was quicker."""
+        return self._dropped_bytes + sum(c.downloads.dropped_bytes for c in self.connections())
 
     def status(self) -> list[dict[str, Any]]:
         """The open connections for `p2pgz status`."""

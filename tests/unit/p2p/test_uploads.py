@@ -10,8 +10,8 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pgz.core.messages import Want, chunks_of, runs_of
-from p2pgz.p2p.downloads import REQUEST_BYTES_MAX, batches
+from p2pgz.core.messages import Data, DataFlag, Missing, Want, chunks_of, runs_of
+from p2pgz.p2p.downloads import REQUEST_BYTES_MAX, Downloads, Fetch, batches
 from p2pgz.p2p.uploads import (
     QUEUED_CHUNKS_MAX,
     REQUESTS_MAX,
@@ -208,3 +208,17 @@ async def test_peers_go_elsewhere_when_too_many_wait_for_a_slot(autojump_clock: 
             await trio.testing.wait_all_tasks_blocked()
         assert uploads.busy_ms(0) == RETRY_MS
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_bytes_that_come_for_nobody_are_counted() -> None:
+    downloads = Downloads(zstd=False)
+    request = downloads.ask(bytes(32), Sizes([10, 10]), [0, 1], Fetch())
+    number = request.number
+    downloads.on_data(Data(number, 0, DataFlag.RAW, 0, 10, bytes(4)))
+    assert downloads.dropped_bytes == 0
+    assert downloads.forget(request)
+    downloads.on_data(Data(number, 0, DataFlag.RAW, 4, 10, bytes(6)))
+    downloads.on_missing(Missing(number))
+    assert downloads.dropped_bytes == 10
+    assert not downloads.waiting

@@ -1,19 +1,24 @@
-"""Chunks from several peers at once: each from one that has it, and what fails at one comes from another."""
+"""The race on real exchanges and pools: each chunk from a peer that has it, and what fails at one comes from another."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from p2pgz.core.media import Descriptor
 from p2pgz.core.schedule import Priority
 from p2pgz.core.standing import Fault
 from p2pgz.errors import PoolFull
-from p2pgz.fetch.from_peers import take_from_peers
+from p2pgz.fetch.counters import Counters
+from p2pgz.fetch.origin import Origin
+from p2pgz.fetch.race import Race
+from p2pgz.fetch.trace import Trace
 from p2pgz.testing.conformance_pool import check_content
+from p2pgz.testing.memory_source import MemorySource
 from p2pgz.testing.peers import Peer, open_peer, peer_layer
 
 LAYER = peer_layer(11)
@@ -41,7 +46,29 @@ async def swarm(tmp_path: Path, *stocks: range) -> AsyncIterator[tuple[Peer, lis
 
 
 async def take(taker: Peer, chunks: range = ALL) -> list[int]:
-    return await take_from_peers(taker.exchange, taker.pool, taker.segment, chunks, Priority.FILL)
+    """Race for chunks without a source; those that would be its own, or the error of the first that failed."""
+    left: list[int] = []
+
+    def to_source(origin: Origin, given: Sequence[int]) -> None:
+        for n in given:
+            origin.flights[n].at_source = True
+        left.extend(given)
+
+    async with trio.open_nursery() as nursery:
+        descriptor = Descriptor(media_type="", digest=taker.segment.id, size=1)
+        origin = Origin(segment=taker.segment, source=MemorySource(), descriptor=descriptor)
+        race = Race(taker.exchange, taker.pool, nursery, Counters(), Trace(), to_source)
+        race.start(origin, chunks, Priority.FILL, trio.current_time() + 10)
+        flights = dict(origin.flights)
+        left += [n for n in chunks if n not in flights]
+        with trio.fail_after(10):
+            while not all(flight.done or n in left for n, flight in flights.items()):
+                await trio.sleep(0.005)
+        nursery.cancel_scope.cancel()
+    for flight in flights.values():
+        if flight.error is not None:
+            raise flight.error
+    return sorted(left)
 
 
 async def test_each_chunk_comes_from_a_peer_that_has_it(tmp_path: Path) -> None:
