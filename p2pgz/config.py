@@ -134,6 +134,17 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return bool(self.bootstrap or self.listen or self.mdns or self.cluster_key_file or self.allow)
 
 
+class SeedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Images that this node keeps whole and gives to its peers. Only `p2pgz node` seeds."""
+
+    images: list[str] = []
+    """references of images to fetch, keep and give to peers; they follow their tags"""
+    watch_seconds: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    """how often a registry is asked what a followed tag means (about; by HEAD); 0: only when the node starts"""
+    bytes_per_second: NonNegative = 50_000_000
+    """limit of fetching seeds, uncompressed bytes, from wherever they come; 0: none"""
+
+
 class MountAtStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An image that is mounted whenever the node runs."""
 
@@ -162,6 +173,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mount: MountConfig = MountConfig()
     node: NodeConfig = NodeConfig()
     peers: PeersConfig = PeersConfig()
+    seed: SeedConfig = SeedConfig()
     mounts: list[MountAtStart] = []
     """images to mount when the node starts: `[[mounts]]` with `reference`, `directory` and, if need be, `mode`"""
     sharing: list[SharingRule] = []
@@ -252,6 +264,7 @@ _LISTS = frozenset(
         "peers.bootstrap",
         "peers.allow",
         "peers.trusted_indexers",
+        "seed.images",
     }
 )
 

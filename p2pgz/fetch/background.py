@@ -25,11 +25,13 @@ RETRY_START_SECONDS = 5.0
 RETRY_MAX_SECONDS = 600.0
 
 
-def batches(segment: Segment, order: Sequence[int], until: int | None) -> Iterator[list[int]]:
-    """Missing chunks in blob order, grouped by BATCH_BYTES; only members that end at or before `until`, if given."""
+def batches(
+    segment: Segment, order: Sequence[int], until: int | None, *, batch_bytes: int = BATCH_BYTES
+) -> Iterator[list[int]]:
+    """Missing chunks in blob order, grouped by `batch_bytes`; only members that end at or before `until`, if given."""
     table, presence = segment.table, segment.presence
     batch: list[int] = []
-    batch_bytes = 0
+    gathered_bytes = 0
     last_end = -1
     for n in order:
         if until is not None and table.blob_end[n] > until:
@@ -39,10 +41,10 @@ def batches(segment: Segment, order: Sequence[int], until: int | None) -> Iterat
         batch.append(n)
         if table.blob_end[n] != last_end:
             last_end = table.blob_end[n]
-            batch_bytes += last_end - table.blob_offset[n]
-        if batch_bytes >= BATCH_BYTES:
+            gathered_bytes += last_end - table.blob_offset[n]
+        if gathered_bytes >= batch_bytes:
             yield batch
-            batch, batch_bytes = [], 0
+            batch, gathered_bytes = [], 0
     if batch:
         yield batch
 

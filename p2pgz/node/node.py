@@ -26,9 +26,11 @@ from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
 from p2pgz.image.open import ImageOpener
 from p2pgz.image.opened import OpenImage
+from p2pgz.image.tags import LOOK_UP_SECONDS
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
 from p2pgz.node.peering import Peering
+from p2pgz.node.seeding import Seeder
 from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.catalog import MountRecord
 from p2pgz.pool.pool import Pool
@@ -81,7 +83,16 @@ class Node:
         self._peering = peering
         self._upkeep = upkeep
         self._nursery = nursery
-        self._platform = Platform.for_machine(os.uname().machine)
+        self.platform = Platform.for_machine(os.uname().machine)
+        self.seeds = Seeder(
+            config.seed,
+            pool.catalog,
+            fetcher,
+            upkeep,
+            self.open_image,
+            self.platform,
+            has_peers=peering is not None,
+        )
         self._started = time.monotonic()
         self.busy = 0
         """requests in progress that keep an ephemeral node alive"""
@@ -101,6 +112,7 @@ class Node:
             },
             "peers": self._peering.exchange.status() if self._peering is not None else [],
             "mounts": self.mounts.status(),
+            "seeds": self.seeds.status(),
             "pool": self._pool_status(),
             "sources": {
                 "pool": {"chunks": counters.pool_chunks, "bytes": counters.pool_bytes},
@@ -132,7 +144,7 @@ class Node:
         if request.mode not in MODES:
             raise UsageError(f"mode {request.mode!r} is not known", hint=f"use one of {', '.join(MODES)}")
         async with self._in_use():
-            image = await self._open(request, progress)
+            image = await self.open_image(request, progress)
             options = self._options(request)
             mounted = await self.mounts.mount(image, options, kept_fields(request))
             return {
@@ -197,7 +209,7 @@ class Node:
                 return await self._known(digest, request)
             except P2pgzError as error:
                 log.info("image.not_known", reference=request.reference, reason=str(error))
-        return await self._open(request, _silent)
+        return await self.open_image(request, _silent)
 
     async def _open_known(self, record: MountRecord, document: MountDocument) -> OpenImage:
         request = recorded_request(document)
@@ -247,7 +259,7 @@ class Node:
     async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """The rows of `p2pgz ls`."""
         async with self._in_use():
-            image = await self._open(request, progress)
+            image = await self.open_image(request, progress)
             rows = list_directory(image.tree, os.fsencode(request.path or "/"), recursive=request.recursive)
             entries = [row.to_json() for row in rows]
             return {"lines": format_rows(rows), "entries": entries, "warnings": _staleness(image)}
@@ -255,7 +267,7 @@ class Node:
     async def read_file(self, request: MountRequest, warn: Warn) -> AsyncIterator[memoryview]:
         """The bytes of one file."""
         async with self._in_use():
-            image = await self._open(request, _silent)
+            image = await self.open_image(request, _silent)
             for warning in _staleness(image):
                 warn(warning)
             async for piece in files.read_path(image, self._fetcher, os.fsencode(request.path)):
@@ -273,7 +285,7 @@ class Node:
             if request.directory and not request.reference:
                 image = self.mounts.image_at(request.directory)
                 return await verify_image(image, self._pool, self._fetcher, fetch=False, progress=progress)
-            image = await self._open(request, progress)
+            image = await self.open_image(request, progress)
             found = await verify_image(image, self._pool, self._fetcher, fetch=True, progress=progress)
             return {**found, "warnings": _staleness(image)}
 
@@ -290,14 +302,17 @@ class Node:
     async def pool_pin(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """Keep an image's chunks, those that are here and those that come."""
         async with self._in_use():
-            return await self._upkeep.pin(await self._open(request, progress))
+            return await self._upkeep.pin(await self.open_image(request, progress))
 
     async def pool_unpin(self, request: UnpinRequest, progress: Progress) -> dict[str, Any]:
         """Undo that."""
         async with self._in_use():
             return await self._upkeep.unpin(request)
 
-    async def _open(self, request: MountRequest, progress: Progress) -> OpenImage:
+    async def open_image(
+        self, request: MountRequest, progress: Progress, *, tag_seconds: float = LOOK_UP_SECONDS
+    ) -> OpenImage:
+        """Open the image of a request; see `image.open`."""
         reference = parse_reference(request.reference)
         source = await self._sources.get(reference, request)
         return await self._opener.open(
@@ -307,10 +322,11 @@ class Node:
             allow_unverified_toc=request.allow_unverified_toc,
             progress=progress,
             insist_on_platform=bool(request.platform),
+            tag_seconds=tag_seconds,
         )
 
     def _platform_of(self, request: MountRequest) -> Platform:
-        return Platform.parse(request.platform) if request.platform else self._platform
+        return Platform.parse(request.platform) if request.platform else self.platform
 
     @asynccontextmanager
     async def _in_use(self) -> AsyncIterator[None]:

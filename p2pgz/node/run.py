@@ -103,6 +103,7 @@ async def open_node(
         with trio.move_on_after(RECOVERY_WAIT_SECONDS):
             await recovered.wait()
         upkeep.start(nursery)
+        await node.seeds.start(nursery, persistent=not ephemeral)
         api, descriptors = (
             unix.listen(run_path / unix.API_SOCKET),
             unix.listen(run_path / unix.DESCRIPTOR_SOCKET),

@@ -24,12 +24,23 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from p2pgz.mount.records import MountDocument
+from p2pgz.web.seeds import SeedRequest, Seeds, UnseedRequest
+from p2pgz.web.seeds import routes as seed_routes
 from p2pgz.web.streaming import Progress, Warn, error_event, events, frames
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Control", "Progress", "Warn", "create_app", "error_event", "handler"]
+__all__ = [
+    "Control",
+    "Progress",
+    "SeedRequest",
+    "UnseedRequest",
+    "Warn",
+    "create_app",
+    "error_event",
+    "handler",
+]
 
 
 class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,6 +146,9 @@ class Control(Protocol):
 
     async def pool_unpin(self, request: UnpinRequest, progress: Progress) -> dict[str, Any]: ...
 
+    @property
+    def seeds(self) -> Seeds: ...
+
 
 def create_app(control: Control) -> Starlette:
     """The routes."""
@@ -155,6 +169,7 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/pool/scrub", partial(events, control.pool_scrub, ScrubRequest), methods=["POST"]),
             Route("/v1/pool/pin", partial(events, control.pool_pin, MountRequest), methods=["POST"]),
             Route("/v1/pool/unpin", partial(events, control.pool_unpin, UnpinRequest), methods=["POST"]),
+            *seed_routes(control.seeds),
             Route("/v1/content", partial(frames, control.read_file, MountRequest), methods=["POST"]),
             Route("/v1/chunks", partial(frames, control.read_digest, GetRequest), methods=["POST"]),
         ]

@@ -236,6 +236,7 @@ def status_fields() -> set[str]:
         ("node/node.py", "_pool_status", "pool."),
         ("node/peering.py", "status", "node."),
         ("p2p/exchange.py", "status", "peers[]."),
+        ("node/seeds.py", "status", "seeds[]."),
     )
     for name, function, prefix in makers:
         for node in ast.walk(ast.parse((ROOT / "p2pgz" / name).read_text("utf-8"))):
