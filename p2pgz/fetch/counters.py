@@ -1,10 +1,11 @@
-"""What the sources supplied: one object per node, counted where chunks arrive, read by status and metrics."""
+"""What the sources supplied: one object per node, counted where chunks arrive, read by status, metrics and `fetch.why`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from p2pgz.core.verify import VerifiedChunk
+from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.segment import Segment
 
 
@@ -20,6 +21,7 @@ class Counters:
         "pool_chunks",
         "registry_bytes",
         "registry_chunks",
+        "trace",
         "wasted_bytes",
     )
 
@@ -31,6 +33,8 @@ class Counters:
         self.peer_failures = 0
         self.wasted_bytes = 0
         """that came although they were here already: the losers of races"""
+        self.trace = Trace()
+        """and from whom each chunk came"""
 
     def from_registry(self, chunks: Iterable[VerifiedChunk]) -> None:
         """Count chunks that came from a registry."""
@@ -44,7 +48,18 @@ class Counters:
             self.peer_chunks += 1
             self.peer_bytes += len(chunk)
 
-    def whole_layer(self, segment: Segment) -> None:
+    def brought_along(
+        self, segment: Segment, chunks: Sequence[tuple[int, VerifiedChunk]], registry: str, seconds: float
+    ) -> None:
+        """Count chunks that came with the answer to a request for something else."""
+        self.from_registry(chunk for _, chunk in chunks)
+        source = Source(Kind.REGISTRY, registry)
+        self.trace.note(segment.domain, segment.table, [n for n, _ in chunks], source, seconds)
+
+    def whole_layer(self, segment: Segment, registry: str, seconds: float) -> None:
         """Count a layer that was read whole from a registry."""
+        everything = range(segment.table.chunk_count)
+        source = Source(Kind.REGISTRY, registry)
+        self.trace.note(segment.domain, segment.table, everything, source, seconds)
         self.registry_chunks += segment.table.chunk_count
         self.registry_bytes += segment.bytes_of(range(segment.table.chunk_count))

@@ -24,7 +24,7 @@ from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.from_registry import Outcomes, fetch_range
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
-from p2pgz.fetch.trace import Trace
+from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.pool import Pool
 
 log = structlog.get_logger(component="fetch")
@@ -264,7 +264,7 @@ class Lane:
         if origin.flights.get(flight.n) is flight:
             del origin.flights[flight.n]
         if error is None:
-            self._trace.note(origin.segment, flight, origin.source.name)
+            self._trace.landed(origin.segment, flight, Source(Kind.REGISTRY, origin.source.name))
             flight.land()
         else:
             flight.fail(error)

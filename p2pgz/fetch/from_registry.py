@@ -61,7 +61,7 @@ async def fetch_range(
 
 async def harvest(
     pool: Pool, segment: Segment, data: bytes, start: int, *, source: str
-) -> list[VerifiedChunk]:
+) -> list[tuple[int, VerifiedChunk]]:
     """Keep the chunks whose bytes are all in `data`, which is what stands in the blob from offset `start` on.
 
     The request for a layer's tail often brings a good part of a small layer, or all of it. Returns what was
@@ -69,14 +69,14 @@ async def harvest(
     """
     table = segment.table
     inside = [n for n in segment.presence.missing(0, table.chunk_count) if table.blob_offset[n] >= start]
-    kept: list[VerifiedChunk] = []
+    kept: list[tuple[int, VerifiedChunk]] = []
     for plan in plan_ranges(table, inside, gap_bytes=len(data), max_bytes=len(data)):
         if plan.end > start + len(data):
             continue
         outcomes = await _MemberFeed(table, source, plan).feed(data[plan.start - start : plan.end - start])
         chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
         await pool.add_many(segment, chunks)
-        kept += [chunk for _, chunk in chunks]
+        kept += chunks
     return kept
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import structlog
@@ -30,6 +31,7 @@ from p2pgz.errors import ChunkCorrupt, ChunkMissing, ImageInvalid, P2pgzError, P
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.plain import Progress
 from p2pgz.fetch.spool import numbered_chunks, write_at
+from p2pgz.fetch.trace import POOL, Kind, Source
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import SHARED_DOMAIN
 
@@ -205,6 +207,7 @@ class Gathering:
             except (ChunkMissing, ChunkCorrupt):
                 continue
             await self._land(left, spool, [(n, chunk)])
+            self._counters.trace.note(SHARED_DOMAIN, self._table, [n], POOL, 0.0)
             self._counters.pool_chunks += 1
             self._counters.pool_bytes += len(chunk)
 
@@ -214,7 +217,12 @@ class Gathering:
         failures: list[P2pgzError] = []
         retries: list[float] = []
 
-        async def landed(good: list[tuple[int, VerifiedChunk]]) -> None:
+        began = trio.current_time()
+
+        async def landed(peer: PeerId, good: list[tuple[int, VerifiedChunk]]) -> None:
+            source, seconds = Source(Kind.PEER, str(peer)), trio.current_time() - began
+            new = [n for n, _ in good if n in left]
+            self._counters.trace.note(SHARED_DOMAIN, self._table, new, source, seconds)
             try:
                 await self._land(left, spool, good)
             except PoolFull as error:  # our own trouble: no peer can help
@@ -226,7 +234,12 @@ class Gathering:
         async def ask(peer: PeerId, chunks: list[int]) -> None:
             try:
                 answer = await self._peers.fetch(
-                    peer, self._swarm, self._table, chunks, priority=Priority.READ_AHEAD, landed=landed
+                    peer,
+                    self._swarm,
+                    self._table,
+                    chunks,
+                    priority=Priority.READ_AHEAD,
+                    landed=partial(landed, peer),
                 )
             except P2pgzError as error:
                 self._counters.peer_failures += 1

@@ -26,6 +26,7 @@ from p2pgz.errors import ChunkCorrupt, ImageInvalid
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.spool import append, move_into_pool, open_spool
 from p2pgz.fetch.stall import watched
+from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta
 
@@ -145,10 +146,12 @@ async def stream_layer(
     return index, layout, segment
 
 
-async def restream(pool: Pool, origin: Origin) -> None:
+async def restream(pool: Pool, origin: Origin, trace: Trace) -> None:
     """Read a plain layer's blob once more and keep each missing chunk as it comes; raises what the source raises."""
     segment = origin.segment
     table = segment.table
+    source = Source(Kind.REGISTRY, origin.source.name)
+    began = trio.current_time()
     numbers: dict[bytes, list[int]] = {}
     for n in segment.presence.missing(0, table.chunk_count):
         numbers.setdefault(table.digest(n), []).append(n)
@@ -160,7 +163,10 @@ async def restream(pool: Pool, origin: Origin) -> None:
                 chunk = await trio.to_thread.run_sync(check)
                 await pool.add(segment, n, chunk)
                 if (flight := origin.flights.pop(n, None)) is not None:
+                    trace.landed(segment, flight, source)
                     flight.land()
+                else:
+                    trace.note(segment.domain, table, [n], source, trio.current_time() - began)
 
     origin.requested += 1
     # no diff id: that of the blob's digest is right

@@ -23,7 +23,7 @@ from p2pgz.fetch.chase import Chase
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.origin import Origin
-from p2pgz.fetch.trace import Trace
+from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import SHARED_DOMAIN
 
@@ -75,6 +75,11 @@ class Race:
                 del self._followed[other]
                 self.peers.unfollow(other)
         self._followed[swarm] = now
+
+    def holders(self, origin: Origin) -> Sequence[Holder]:
+        """The peers that would be asked for chunks of a segment now, the quickest first."""
+        swarm = swarm_of(origin)
+        return self.peers.swarm_holders(swarm) if swarm is not None else ()
 
     def start(self, origin: Origin, chunks: Sequence[int], priority: Priority, deadline: float) -> None:
         """Ask peers for those of the chunks that nobody fetches yet and any of them has: each gets a flight."""
@@ -154,7 +159,7 @@ class Race:
 
     def note(self, origin: Origin, flight: Flight, peer: PeerId) -> None:
         """See `Shared`."""
-        self._trace.note(origin.segment, flight, f"peer {peer}")
+        self._trace.landed(origin.segment, flight, Source(Kind.PEER, str(peer)))
 
 
 def swarm_of(origin: Origin) -> bytes | None:

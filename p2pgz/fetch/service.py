@@ -13,7 +13,7 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.model import ChunkKind
-from p2pgz.core.ports import PeerSource
+from p2pgz.core.ports import Holder, PeerSource
 from p2pgz.core.schedule import LinkEstimate, Priority
 from p2pgz.core.verify import verify
 from p2pgz.errors import ChunkMissing, P2pgzError, PoolFull
@@ -24,7 +24,7 @@ from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.race import Race
 from p2pgz.fetch.streamed import Streams
-from p2pgz.fetch.trace import Trace
+from p2pgz.fetch.trace import POOL
 from p2pgz.pool.pool import Pool, Segment
 
 log = structlog.get_logger(component="fetch")
@@ -55,7 +55,7 @@ class ChunkFetcher:
         self._lanes: dict[str, Lane] = {}
         self._links: dict[str, LinkEstimate] = {}
         self.counters = Counters()
-        self.trace = Trace()
+        self.trace = self.counters.trace
         self._race: Race | None = None
         if peers is not None:
             self._race = Race(
@@ -101,6 +101,10 @@ class ChunkFetcher:
         """How many connected peers have each chunk of a segment, as they say; None when there is nobody to know it from."""
         origin = self._origins.get(_key(segment))
         return None if origin is None or self._race is None else self._race.copies(origin)
+
+    def holders(self, origin: Origin) -> Sequence[Holder]:
+        """The peers that would be asked for its chunks now, the quickest first."""
+        return self._race.holders(origin) if self._race is not None else ()
 
     async def ensure(self, segment: Segment, first: int, count: int, priority: Priority) -> None:
         """Return when chunks first .. first+count are present; raises what the last source failed with."""
@@ -233,7 +237,7 @@ class ChunkFetcher:
                 continue  # a pass over the whole blob brought it meanwhile
             del origin.flights[n]
             if found:
-                self.trace.note(segment, flight, "pool")
+                self.trace.landed(segment, flight, POOL)
                 self.counters.pool_chunks += 1
                 self.counters.pool_bytes += segment.table.size[n]
                 flight.land()

@@ -17,7 +17,7 @@ from p2pgz.errors import P2pgzError, SourceUnavailable
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.plain import restream
-from p2pgz.fetch.trace import Trace
+from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.pool import Pool
 
 log = structlog.get_logger(component="fetch")
@@ -88,7 +88,7 @@ class Streams:
         mine = [flight for flight in origin.flights.values() if flight.at_source]
         error: P2pgzError | None = None
         try:
-            await restream(self._pool, origin)
+            await restream(self._pool, origin, self._trace)
         except P2pgzError as failure:
             error = failure
         except Exception as failure:  # a bug here must fail these chunks, not the node
@@ -102,7 +102,7 @@ class Streams:
     def _end(self, origin: Origin, flight: Flight, error: P2pgzError | None) -> None:
         if origin.segment.presence.has(flight.n):
             error = None
-            self._trace.note(origin.segment, flight, origin.source.name)
+            self._trace.landed(origin.segment, flight, Source(Kind.REGISTRY, origin.source.name))
         elif error is None:
             error = SourceUnavailable(f"{origin.source.name}: the layer has no chunk {flight.n}")
         if error is not None and flight.chased and error.retryable:

@@ -164,6 +164,7 @@ class LayerOpener:
                 plain = await self.plain.from_peers(descriptor, await diff_id(), access, progress)
                 if plain is not None:
                     return await self._keep_plain(descriptor, plain, access)
+            asked_at = trio.current_time()
             tail = _Tail(source, descriptor)
             opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
             if opened is None:
@@ -171,7 +172,7 @@ class LayerOpener:
                 return await self._keep_plain(descriptor, plain, access)
             layer = await self._keep_lazy(descriptor, opened, access)
             brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
-            self._counters.from_registry(brought)
+            self._counters.brought_along(layer.segment, brought, source.name, trio.current_time() - asked_at)
         except PoolFull:
             raise
         except P2pgzError as error:

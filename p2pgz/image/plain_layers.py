@@ -107,10 +107,11 @@ class PlainLayers:
     ) -> PlainLayer:
         """Read the whole blob; raises ImageInvalid, ChunkCorrupt, or what the source raises."""
         log.info("layer.plain", blob=str(descriptor.digest), bytes=descriptor.size, effect="it is read whole")
+        began = trio.current_time()
         index, layout, segment = await stream_layer(
             self._pool, source, descriptor, diff_id, self._state_path, progress, domain=access.domain
         )
-        self._counters.whole_layer(segment)
+        self._counters.whole_layer(segment, source.name, trio.current_time() - began)
         data = await trio.to_thread.run_sync(indexdoc.to_bytes, index)
         if access.domain == SHARED_DOMAIN:
             document = await self._indexes.keep(index, segment.id, data, makers={}, checked=True)

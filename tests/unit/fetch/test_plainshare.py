@@ -36,6 +36,7 @@ from p2pgz.fetch.plainshare import PlainShare
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Access
 from p2pgz.fetch.signed import SignedLayers
+from p2pgz.fetch.trace import POOL, Kind, Source
 from p2pgz.image.layers import LayerOpener, OpenLayer
 from p2pgz.image.plain_layers import PlainLayers
 from p2pgz.p2p.certificate import verify_signature
@@ -248,6 +249,14 @@ async def test_second_host_has_a_plain_layer_without_its_source(tmp_path: Path, 
         assert here.segment.id == there.segment.id
         await second.read(here)
         assert second.blob_requests() == 0
+        came = [
+            second.fetcher.trace.came(here.segment, n).source for n in range(here.segment.table.chunk_count)
+        ]
+        assert set(came) <= {Source(Kind.PEER, str(first.id)), POOL}
+        came = [
+            first.fetcher.trace.came(there.segment, n).source for n in range(there.segment.table.chunk_count)
+        ]
+        assert set(came) <= {Source(Kind.REGISTRY, first.source.name)}
         assert says(second, layer.diff_id).makers.keys() == {first.id, second.id}
         assert not second.exchange.standing.counts
 
