@@ -239,9 +239,9 @@ class ChunkStore:
             return []
         table = segment.table
 
-        def check() -> list[int]:
+        def check(recorded: list[int]) -> list[int]:
             good = []
-            for n in wanted:
+            for n in recorded:
                 try:
                     # pread, not the map: a file that lost its end gives a short read, not SIGBUS
                     data = read_fully(segment.data_fd, table.size[n], table.segment_offset[n])
@@ -253,14 +253,16 @@ class ChunkStore:
 
         await segment.claim(wanted)
         try:
-            good = await trio.to_thread.run_sync(check, limiter=self._limiter)
+            # what was just being removed when it was asked for is gone now, and not damaged
+            recorded = [n for n in wanted if segment.recorded(n) and not segment.presence.has(n)]
+            good = await trio.to_thread.run_sync(check, recorded, limiter=self._limiter)
             segment.touch(good)
             for n in good:
                 if not segment.presence.has(n):
                     segment.presence.set(n)
                     if segment.adopted:  # the index does not know it yet
                         self._committer.note(segment, n)
-            bad = set(wanted).difference(good)
+            bad = set(recorded).difference(good)
             if bad:
                 await self._mark_lost(segment, bad)
         finally:

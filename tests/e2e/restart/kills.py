@@ -1,7 +1,8 @@
 """Random kills under readers: `make kills`, or `python -m tests.e2e.restart.kills --count 500 --seed 1`.
 
-Readers hash files of a mounted image all the time, some never read before. Each step kills something; it is over when every
-reader has got on. Prints one line of JSON; the status is 1 when a byte was wrong, a read failed, or a wait was too long.
+Readers hash files of a mounted image all the time; the pool holds half of it, so that bytes are always being evicted and
+fetched. Each step waits until a read is under way, then kills or stops something, and is over when every reader has got on.
+Prints one line of JSON; the status is 1 when a byte was wrong, a read failed, or a wait was too long.
 """
 
 from __future__ import annotations
@@ -14,30 +15,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from p2pgz.mount.umount import unmount
 from p2pgz.testing.docker_registry import running_registry
-from tests.e2e.restart.lazy_node import P2PGZ, LazyNode, Readers, push_image, state_folder
+from tests.e2e.restart.lazy_node import P2PGZ, LazyNode, Readers, file_bytes, push_image, state_folder
 
 READERS = 3
 PROGRESS_SECONDS = 90.0
 FS_WAIT_SECONDS = 2.0
 NODE_WAIT_SECONDS = 5.0
 STOPPED_WAIT_SECONDS = 16.0  # a stopped process is noticed after ten pings, a second apart
+PAUSE_SECONDS = 1.0
 OTHER_MOUNT_SECONDS = 20.0
+UPGRADE_SECONDS = 70.0
+UNDER_WAY_SECONDS = 5.0
+POOL_SHARE = 0.5
 # step -> weight, longest wait allowed
 STEPS = {
     "fs": (6, FS_WAIT_SECONDS),
     "fs twice": (2, FS_WAIT_SECONDS * 2),
+    "fs paused": (2, FS_WAIT_SECONDS),
     "node": (4, NODE_WAIT_SECONDS),
+    "node paused": (2, NODE_WAIT_SECONDS),
     "both": (3, NODE_WAIT_SECONDS),
-    "node stopped": (2, NODE_WAIT_SECONDS),
+    "both paused": (2, NODE_WAIT_SECONDS),
     "holder": (1, FS_WAIT_SECONDS),
-    "attach": (2, NODE_WAIT_SECONDS),
+    "attach, fs": (1, FS_WAIT_SECONDS),
+    "attach, node": (1, NODE_WAIT_SECONDS),
+    "eviction, fs": (2, FS_WAIT_SECONDS),
+    "eviction, node": (2, NODE_WAIT_SECONDS),
+    "eviction, both": (1, NODE_WAIT_SECONDS),
     "upgrade": (1, NODE_WAIT_SECONDS),
-    "upgrade killed": (1, NODE_WAIT_SECONDS * 2),
+    "upgrade, fs": (1, NODE_WAIT_SECONDS),
+    "upgrade, node": (1, NODE_WAIT_SECONDS * 2),
+    "upgrade, both": (1, NODE_WAIT_SECONDS * 2),
     "fs stopped": (0, STOPPED_WAIT_SECONDS),
 }
 
@@ -45,113 +59,139 @@ STEPS = {
 class Campaign:
     """One node, one image, one seed."""
 
-    def __init__(self, node: LazyNode, reference: str, rng: random.Random) -> None:
+    def __init__(self, node: LazyNode, reference: str, readers: Readers, rng: random.Random) -> None:
         self.node = node
         self.reference = reference
+        self.readers = readers
         self.rng = rng
-        self.root = node.state.parent / "root"
         self.other = node.state.parent / "other"
-        self.steps: dict[str, Callable[[], None]] = {
-            "fs": self.kill_fs,
-            "fs twice": self.kill_fs_twice,
-            "node": self.kill_node,
-            "both": self.kill_both,
-            "node stopped": self.stop_node,
-            "holder": self.kill_holder,
-            "attach": self.kill_while_attaching,
-            "upgrade": lambda: self.upgrade(kill=False),
-            "upgrade killed": lambda: self.upgrade(kill=True),
-            "fs stopped": self.stop_fs,
-        }
+        self.strikes = 0
+        self.caught = 0
+        """strikes that hit a read under way"""
+        self.evicted_bytes = 0
 
-    def kill_fs(self) -> None:
-        for pid in self.node.fs_pids():
-            with suppress(ProcessLookupError):
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
+    def step(self, name: str) -> None:
+        """One of STEPS: what is going on, and who is killed meanwhile."""
+        during, _, victim = name.rpartition(", ")
+        if victim in {"attach", "eviction", "upgrade"}:
+            during, victim = victim, ""
+        if victim in {"node", "both"}:
+            self.note_evicted()
+        with self.going_on(during, killed=victim):
+            match victim:
+                case "fs":
+                    self.strike_fs(signal.SIGKILL)
+                case "fs twice":
+                    self.strike_fs(signal.SIGKILL)
+                    time.sleep(self.rng.uniform(0, 0.1))
+                    self.strike_fs(signal.SIGKILL)
+                case "fs paused" | "node paused" | "both paused":
+                    self.pause(victim)
+                case "fs stopped":
+                    self.strike_fs(signal.SIGSTOP)
+                case "node":
+                    self.strike(self.node.kill)
+                    time.sleep(self.rng.uniform(0, 0.3))
+                    self.node.start()
+                case "both":
+                    pids = self.node.fs_pids()
+                    self.strike(lambda: (self.node.kill(), send(pids, signal.SIGKILL)))
+                    self.node.start()
+                case "holder":
+                    self.kill_holder()
 
-    def kill_fs_twice(self) -> None:
-        self.kill_fs()
-        time.sleep(self.rng.uniform(0, 0.1))
-        self.kill_fs()
+    def note_evicted(self) -> None:
+        """A node counts from its start."""
+        self.evicted_bytes += self.node.status()["pool"]["evicted_bytes"]
 
-    def kill_node(self) -> None:
-        self.node.kill()
-        time.sleep(self.rng.uniform(0, 0.3))
-        self.node.start()
+    def all_get_on(self) -> bool:
+        """Wait until every reader has ended the file it reads and another one; whether they did."""
+        goals = [count + 2 for count in self.readers.files]
+        deadline = time.monotonic() + PROGRESS_SECONDS
+        while any(count < goal for count, goal in zip(self.readers.files, goals, strict=True)):
+            if self.readers.faults:
+                break
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
-    def kill_both(self) -> None:
+    def strike(self, blow: Callable[[], object]) -> None:
+        """Do it while a read is under way, and see whether that read was still waiting afterwards."""
+        deadline = time.monotonic() + UNDER_WAY_SECONDS
+        while not (before := self.readers.under_way()) and time.monotonic() < deadline:
+            time.sleep(0)
+        blow()
+        self.strikes += 1
+        self.caught += bool(before & self.readers.under_way())
+
+    def strike_fs(self, number: int) -> None:
         pids = self.node.fs_pids()
-        self.node.kill()
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
-        self.node.start()
+        self.strike(lambda: send(pids, number))
 
-    def stop_node(self) -> None:
+    def pause(self, victim: str) -> None:
         assert self.node.process is not None
-        self.node.process.send_signal(signal.SIGSTOP)
-        time.sleep(self.rng.uniform(0.1, 1.0))
-        self.node.process.send_signal(signal.SIGCONT)
-
-    def stop_fs(self) -> None:
-        for pid in self.node.fs_pids():
-            os.kill(pid, signal.SIGSTOP)
+        pids = [] if victim == "fs paused" else [self.node.process.pid]
+        if victim != "node paused":
+            pids += self.node.fs_pids()
+        self.strike(lambda: send(pids, signal.SIGSTOP))
+        time.sleep(self.rng.uniform(0.1, PAUSE_SECONDS))
+        send(pids, signal.SIGCONT)
 
     def kill_holder(self) -> None:
-        os.kill(self.node.holder_pid(), signal.SIGKILL)
+        self.strike(lambda: os.kill(self.node.holder_pid(), signal.SIGKILL))
         # until it has the descriptors again: killing both at once ends a mount, by design
         deadline = time.monotonic() + 10
         while not all(self.node.fs_pids() or [0]):
             assert time.monotonic() < deadline, "no new holder"
             time.sleep(0.02)
 
-    def kill_while_attaching(self) -> None:
-        self.other.mkdir(exist_ok=True)
-        command = [
-            *P2PGZ,
-            "--state-dir",
-            str(self.node.state),
-            "mount",
-            "--mode",
-            "tree",
-            "--no-fill",
-            self.reference,
-            str(self.other),
-        ]
-        mounting = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
-        )
-        time.sleep(self.rng.uniform(0.1, 0.8))
-        if self.rng.random() < 0.5:
-            self.kill_fs()
+    @contextmanager
+    def going_on(self, what: str, *, killed: str) -> Iterator[None]:
+        """Attach another mount, evict, or upgrade, and be somewhere in the middle of it."""
+        if what == "attach":
+            self.other.mkdir(exist_ok=True)
+            command = self.start("mount", "--mode", "tree", "--no-fill", self.reference, self.other)
+            time.sleep(self.rng.uniform(0.1, 0.8))
+        elif what == "eviction":
+            command = self.start("pool", "gc", "--all")
+            time.sleep(self.rng.uniform(0.2, 0.6))
+        elif what == "upgrade":
+            command = self.start("upgrade")
+            if killed:
+                time.sleep(self.rng.uniform(0.1, 1.5))
         else:
-            mounting.kill()  # it would start a node of its own while ours is away
-            self.kill_node()
-        mounting.wait(OTHER_MOUNT_SECONDS)
-        with suppress(Exception):  # whether it is mounted depends on the moment of the kill
-            unmount(self.other, lazy=True)
+            yield
+            return
+        if killed in {"node", "both"}:
+            command.kill()  # it would start a node of its own while ours is away
+        yield
+        if what == "upgrade" and killed not in {"node", "both"}:
+            assert command.wait(UPGRADE_SECONDS) == 0, "upgrade failed"
+        command.wait(OTHER_MOUNT_SECONDS)
+        if what == "attach":
+            with suppress(Exception):  # whether it is mounted depends on the moment of the kill
+                unmount(self.other, lazy=True)
 
-    def upgrade(self, *, kill: bool) -> None:
-        upgrading = subprocess.Popen(
-            [*P2PGZ, "--state-dir", str(self.node.state), "upgrade"],
+    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*P2PGZ, "--state-dir", str(self.node.state), *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
         )
-        if kill:
-            time.sleep(self.rng.uniform(0.1, 1.5))
-            upgrading.kill()
-            upgrading.wait()
-            self.kill_node()
-        else:
-            assert upgrading.wait(70) == 0, "upgrade failed"
 
 
-def run(count: int, seed: int, *, stop_fs: bool, files: int) -> dict[str, object]:
-    """The campaign; the figures and faults."""
+def send(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            if pid:
+                os.kill(pid, number)
+
+
+def run(count: int, seed: int, *, stop_fs: bool, files: int, slack: float = 1.0) -> dict[str, object]:
+    """The campaign; the figures and faults. `slack`: what the longest waits allowed are multiplied by."""
     rng = random.Random(seed)
     weights = {name: weight for name, (weight, _) in STEPS.items()} | ({"fs stopped": 1} if stop_fs else {})
     done: dict[str, int] = {}
@@ -160,35 +200,32 @@ def run(count: int, seed: int, *, stop_fs: bool, files: int) -> dict[str, object
     begin = time.monotonic()
     with state_folder() as folder, running_registry(folder / "registry") as registry:
         reference, hashes = push_image(folder / "plain", registry.address, seed, files)
-        node = LazyNode(folder / "state")
+        quota = int(POOL_SHARE * sum(map(file_bytes, range(files))))
+        node = LazyNode(folder / "state", environment={"P2PGZ_POOL__QUOTA_BYTES": str(quota)})
+        root = folder / "root"
+        root.mkdir()
         try:
             node.start()
-            campaign = Campaign(node, reference, rng)
-            campaign.root.mkdir()
-            node.call("mount", "--mode", "tree", "--no-fill", reference, campaign.root)
-            with Readers(campaign.root, hashes, seed, READERS) as readers:
+            node.call("mount", "--mode", "tree", "--no-fill", reference, root)
+            with Readers(root, hashes, seed, READERS) as readers:
+                campaign = Campaign(node, reference, readers, rng)
                 for number in range(count):
                     name = rng.choices(list(weights), list(weights.values()))[0]
                     time.sleep(rng.uniform(0.02, 0.2))
                     readers.forget()
-                    goal = readers.reads + 2 * READERS
-                    campaign.steps[name]()
-                    deadline = time.monotonic() + PROGRESS_SECONDS
-                    while readers.reads < goal and time.monotonic() < deadline and not readers.faults:
-                        time.sleep(0.01)
+                    campaign.step(name)
+                    hangs = not campaign.all_get_on()
                     waited = readers.forget()
                     done[name] = done.get(name, 0) + 1
                     longest[name] = max(longest.get(name, 0.0), waited)
-                    if readers.reads < goal and not readers.faults:
+                    if hangs:
                         faults.append(f"step {number} ({name}): readers hang")
-                    if waited > STEPS[name][1]:
-                        faults.append(
-                            f"step {number} ({name}): waited {waited:.2f} s, allowed {STEPS[name][1]:.0f}"
-                        )
+                    if waited > (allowed := STEPS[name][1] * slack):
+                        faults.append(f"step {number} ({name}): waited {waited:.2f} s, allowed {allowed:.0f}")
                     faults += [f"step {number} ({name}): {fault}" for fault in readers.faults]
                     if faults and ("hang" in faults[-1] or readers.faults):
                         break
-            reads = readers.reads
+            campaign.note_evicted()
             if faults:
                 print(node.log.read_text(errors="replace")[-6000:], file=sys.stderr)
         finally:
@@ -197,9 +234,12 @@ def run(count: int, seed: int, *, stop_fs: bool, files: int) -> dict[str, object
         "campaign": "kills",
         "seed": seed,
         "kills": sum(done.values()),
+        "blows": campaign.strikes,
+        "blows_that_hit_a_read": campaign.caught,
         "by_kind": done,
         "longest_wait_seconds": {name: round(value, 3) for name, value in longest.items()},
-        "reads": reads,
+        "files_read": readers.reads,
+        "evicted_bytes": campaign.evicted_bytes,
         "faults": faults,
         "seconds": round(time.monotonic() - begin, 1),
     }

@@ -69,10 +69,15 @@ def write_plain_layout(folder: Path, contents: dict[str, bytes]) -> None:
     (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
 
+def file_bytes(n: int) -> int:
+    """Size of file `n`: no two have the same."""
+    return FILE_BYTES + n * 1000
+
+
 def push_image(folder: Path, registry: str, seed: int, files: int = FILES) -> tuple[str, dict[str, str]]:
     """A lazy image of random files in a registry: its reference, and the sha256 of each file."""
     rng = random.Random(seed)
-    contents = {f"f{n:03}": rng.randbytes(FILE_BYTES + n * 1000) for n in range(files)}
+    contents = {f"f{n:03}": rng.randbytes(file_bytes(n)) for n in range(files)}
     write_plain_layout(folder, contents)
     reference = f"{registry}/lab/restart:t{seed}"
     run("convert", f"oci:{folder}:t", reference)
@@ -157,7 +162,7 @@ class LazyNode:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        print(self.log.read_text()[-4000:])
+        print(self.log.read_text()[-4000:], file=sys.stderr)
 
 
 @contextmanager
@@ -173,13 +178,15 @@ class Readers:
     def __init__(self, root: Path, hashes: dict[str, str], seed: int, count: int = 3) -> None:
         self.root, self.hashes = root, hashes
         self.faults: list[str] = []
-        self.reads = 0
         self.longest_seconds = 0.0
         self._fresh = list(hashes)
         random.Random(seed).shuffle(self._fresh)
         self._stop = threading.Event()
+        self._under_way = [0] * count
+        self.files = [0] * count
+        """how many each reader has read"""
         self._threads = [
-            threading.Thread(target=self._read, args=(random.Random(seed + n),), daemon=True)
+            threading.Thread(target=self._read, args=(n, random.Random(seed + n)), daemon=True)
             for n in range(count)
         ]
 
@@ -196,12 +203,22 @@ class Readers:
             if thread.is_alive():
                 self.faults.append("a reader hangs")
 
+    @property
+    def reads(self) -> int:
+        """Files read so far."""
+        return sum(self.files)
+
     def forget(self) -> float:
         """Start a new measurement; returns the longest wait of the old one."""
         longest, self.longest_seconds = self.longest_seconds, 0.0
         return longest
 
-    def _read(self, rng: random.Random) -> None:
+    def under_way(self) -> set[tuple[int, int]]:
+        """The reads that have begun and not ended: number of the reader, number of the read."""
+        return {(n, number) for n, number in enumerate(self._under_way) if number > 0}
+
+    def _read(self, reader: int, rng: random.Random) -> None:
+        number = 0
         while not self._stop.is_set():
             name = (
                 self._fresh.pop()
@@ -216,14 +233,21 @@ class Readers:
                     os.posix_fadvise(
                         fd, 0, 0, os.POSIX_FADV_DONTNEED
                     )  # the page cache would hide what is tested
-                    while piece := os.read(fd, 128 << 10):
+                    while True:
+                        number += 1
+                        self._under_way[reader] = number
+                        piece = os.read(fd, 128 << 10)
+                        self._under_way[reader] = 0
+                        if not piece:
+                            break
                         digest.update(piece)
                         self.longest_seconds = max(self.longest_seconds, time.monotonic() - begin)
                         begin = time.monotonic()
                 finally:
+                    self._under_way[reader] = 0
                     os.close(fd)
                 if digest.hexdigest() != self.hashes[name]:
                     self.faults.append(f"{name}: wrong bytes")
             except OSError as error:
                 self.faults.append(f"{name}: {error}")
-            self.reads += 1
+            self.files[reader] += 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from p2pgz.pool.index import Index
 from p2pgz.testing.crash_disk import RecordingDisk, recording
+from p2pgz.testing.crash_log import CrashLog, Synced
 from tests.unit.pool import crash_life
 from tests.unit.pool.crash_points import run
 
@@ -58,3 +61,21 @@ def test_a_flag_that_is_not_durable_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(crash_life, "FULL_AT_START", 1.0)
     faults = (fault for seed in range(4, 20) for fault in run(seed, share=0.3, most_faults=1)["faults"])
     assert "check_content" in next(faults)
+
+
+def test_a_durable_change_that_comes_to_nothing_takes_earlier_ones_along(tmp_path: Path) -> None:
+    """SQLite writes and syncs nothing for it, so the tag before it was lost although the index said it was durable."""
+    log = CrashLog()
+
+    async def live(disk: RecordingDisk) -> None:
+        index = Index.open(tmp_path / "index.db", disk)
+        await index.write(lambda connection: connection.execute("INSERT INTO facts VALUES('a', 1)"))
+        at = len(log.entries)
+        assert index.unsynced
+        await index.write(lambda connection: connection.execute("UPDATE facts SET value = 1"), durable=True)
+        assert not index.unsynced
+        assert any(isinstance(entry, Synced) for entry in log.entries[at:])
+        index.close()
+
+    with recording(tmp_path, log) as disk:
+        trio.run(live, disk)
