@@ -65,6 +65,9 @@ class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """docker's config.json for credentials; empty: $DOCKER_CONFIG, then ~/.docker/config.json"""
     connections: Positive = 8
     """requests at a time to one registry"""
+    bytes_per_second: NonNegative = 0
+    """limit of what registries send, compressed bytes of layers; a read waits at most as long as its own bytes take, the
+    background pays for it; 0: none"""
 
 
 class FetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +78,8 @@ class FetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fill: bool = True
     """fetch what nobody has read yet in the background, once an image is mounted"""
     fill_bytes_per_second: NonNegative = 20_000_000
-    """limit of the background fetch, compressed bytes; 0: none"""
+    """limit of the background fetch, from wherever it comes (compressed bytes of registries, uncompressed of peers); 0:
+    none"""
     fill_delay_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     """how long after the mount the background fetch starts, so that a start-up has the link for itself"""
 
@@ -123,6 +127,11 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """peer ids whose signed index of a layer that nobody converted is believed at once: it is lazy, and checked later"""
     dht: bool = True
     """find and announce providers in the DHT; without it only peers that are connected anyway are asked"""
+    provide: Literal["toc", "chunk"] = "toc"
+    """what is announced: layers, by way of which chunks are found, or every chunk as well (up to 2000 of them)"""
+    download_bytes_per_second: NonNegative = 0
+    """limit of what is taken from peers, uncompressed bytes; a read waits at most as long as its own bytes take, the
+    background pays for it; 0: none"""
     upload_bytes_per_second: NonNegative = 0
     """limit of what is given to peers; 0: none"""
     upload_slots: Positive = 16

@@ -24,6 +24,8 @@ COMMANDS = {
     "cat": ("files", "Print a file of an image without mounting it."),
     "get": ("files", "Print the bytes that a digest names."),
     "verify": ("files", "Check every byte of an image against its digest."),
+    "find": ("find", "Show who provides what a digest names."),
+    "why": ("why", "Show where a mounted file's bytes came from."),
     "seed": ("seed", "Keep images whole on this node and give them to its peers."),
     "convert": ("convert", "Make an image lazily mountable."),
     "status": ("status", "Show the node, its mounts and where bytes came from."),

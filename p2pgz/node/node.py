@@ -30,6 +30,7 @@ from p2pgz.image.tags import LOOK_UP_SECONDS
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
 from p2pgz.node.peering import Peering
+from p2pgz.node.questions import Questions
 from p2pgz.node.seeding import Seeder
 from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.catalog import MountRecord
@@ -83,6 +84,7 @@ class Node:
         self._peering = peering
         self._upkeep = upkeep
         self._nursery = nursery
+        self.questions = Questions(fetcher, mounts, peering, has_dht=config.peers.dht)
         self.platform = Platform.for_machine(os.uname().machine)
         self.seeds = Seeder(
             config.seed,

@@ -155,7 +155,9 @@ async def open_peering(
                 return []
             return [diff_id, *([known.meta.blob_digest] if known.meta.blob_digest is not None else [])]
 
-        announcing = Announcing(pool, shares, layer_names=layer_names)
+        announcing = Announcing(
+            pool, shares, provide_chunks=config.provide == "chunk", layer_names=layer_names
+        )
         discovery = Discovery(plane.exchange, pool, shares, announcing)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:

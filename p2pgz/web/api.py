@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from p2pgz.mount.records import MountDocument
+from p2pgz.web.questions import FindRequest, Questions, WhyRequest, routes
 from p2pgz.web.seeds import SeedRequest, Seeds, UnseedRequest
 from p2pgz.web.seeds import routes as seed_routes
 from p2pgz.web.streaming import Progress, Warn, error_event, events, frames
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Control",
+    "FindRequest",
     "Progress",
     "SeedRequest",
     "UnseedRequest",
     "Warn",
+    "WhyRequest",
     "create_app",
     "error_event",
     "handler",
@@ -149,6 +152,9 @@ class Control(Protocol):
     @property
     def seeds(self) -> Seeds: ...
 
+    @property
+    def questions(self) -> Questions: ...
+
 
 def create_app(control: Control) -> Starlette:
     """The routes."""
@@ -170,6 +176,7 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/pool/pin", partial(events, control.pool_pin, MountRequest), methods=["POST"]),
             Route("/v1/pool/unpin", partial(events, control.pool_unpin, UnpinRequest), methods=["POST"]),
             *seed_routes(control.seeds),
+            *routes(control.questions),
             Route("/v1/content", partial(frames, control.read_file, MountRequest), methods=["POST"]),
             Route("/v1/chunks", partial(frames, control.read_digest, GetRequest), methods=["POST"]),
         ]
