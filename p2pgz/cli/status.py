@@ -44,6 +44,9 @@ def status(settings: Settings, /, as_json: bool) -> None:
         click.echo(
             f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts)
         )
+    if document["node"]["faulty_peers"]:
+        faults = ", ".join(f"{count} {fault}" for fault, count in node["faults"].items() if count)
+        click.echo(f"peers out of their place: {len(node['faulty_peers'])}; faults so far: {faults}")
 
 
 def _requests(counts: dict[str, Any]) -> str:

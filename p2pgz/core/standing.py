@@ -46,10 +46,14 @@ class Standing:
         self.counts: Counter[Fault] = Counter()
         self._bans: dict[PeerId, tuple[float, float, int]] = {}  # until, since, how often
         self._suspects: dict[PeerId, tuple[float, float, int, Fault]] = {}  # the same, and the last fault
+        self._of: dict[PeerId, Counter[Fault]] = {}
 
     def fault(self, peer: PeerId, fault: Fault, now: float) -> float:
         """Note a fault; returns until when the peer is not asked."""
         self.counts[fault] += 1
+        faults = self._of.pop(peer, Counter())
+        faults[fault] += 1
+        self._of[peer] = faults  # the newest goes last
         if fault in GRAVE:
             _, since, times = self._bans.pop(peer, (0.0, now, 0))
             times = 0 if now - since > BAN_MAX_SECONDS else times
@@ -60,7 +64,7 @@ class Standing:
             times = 0 if now - since > BAN_MAX_SECONDS else times
             until = now + min(SUSPECT_MAX_SECONDS, SUSPECT_START_SECONDS * 2.0 ** min(times, 30))
             self._suspects[peer] = (until, now, times + 1, fault)
-        for known in (self._bans, self._suspects):
+        for known in (self._bans, self._suspects, self._of):
             while len(known) > PEERS_MAX:
                 del known[next(iter(known))]
         return max(until, self.out_until(peer, now))
@@ -85,3 +89,11 @@ class Standing:
     def banned(self, peer: PeerId, now: float) -> bool:
         """Whether it has lost its place by a grave fault: we do not serve it either."""
         return peer in self._bans and self._bans[peer][0] > now
+
+    def faults_of(self, peer: PeerId) -> dict[str, int]:
+        """How often a peer did what, by the fault's name."""
+        return {str(fault): count for fault, count in self._of.get(peer, {}).items()}
+
+    def out(self, now: float) -> list[PeerId]:
+        """Those that are not asked now, the one whose last fault is the newest at the end."""
+        return [peer for peer in self._of if self.out_until(peer, now)]

@@ -49,7 +49,7 @@ class Discovery:
     ) -> None:
         self._exchange = exchange
         self._pool = pool
-        self.holdings = PoolHoldings(exchange, pool, shares, self._addresses_of)
+        self.holdings = PoolHoldings(exchange, pool, shares, self.addresses_of)
         """what the DHT answers others from"""
         self._announcing = announcing or Announcing(pool, shares)
         self.dht: Dht | None = None
@@ -81,7 +81,7 @@ class Discovery:
 
     # --- who is there
 
-    def _addresses_of(self, peer: bytes) -> tuple[bytes, ...]:
+    def addresses_of(self, peer: bytes) -> tuple[bytes, ...]:
         """Where a connected peer listens: where we reached it, else what it has told the DHT."""
         reached = self._reached.get(peer)
         if reached is not None:

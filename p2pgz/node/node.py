@@ -29,7 +29,7 @@ from p2pgz.image.opened import OpenImage
 from p2pgz.image.tags import LOOK_UP_SECONDS
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
-from p2pgz.node.peering import Peering
+from p2pgz.node.peering import NO_PEERS, Peering
 from p2pgz.node.questions import Questions
 from p2pgz.node.seeding import Seeder
 from p2pgz.node.upkeep import Upkeep
@@ -107,7 +107,7 @@ class Node:
         counters = self._fetcher.counters
         return {
             "node": {
-                **(self._peering.status() if self._peering is not None else {"peer_id": None, "addrs": []}),
+                **(self._peering.status() if self._peering is not None else NO_PEERS),
                 "uptime_seconds": time.monotonic() - self._started,
                 "version": __version__,
                 "pid": os.getpid(),
@@ -122,7 +122,7 @@ class Node:
                     "chunks": counters.peer_chunks,
                     "bytes": counters.peer_bytes,
                     "failures": counters.peer_failures,
-                    "wasted_bytes": counters.wasted_bytes,
+                    "wasted_bytes": counters.wasted_bytes + self._dropped_bytes(),
                 },
                 "registry": {
                     "chunks": counters.registry_chunks,
@@ -131,6 +131,9 @@ class Node:
                 },
             },
         }
+
+    def _dropped_bytes(self) -> int:
+        return self._peering.exchange.dropped_bytes if self._peering is not None else 0
 
     def _pool_status(self) -> dict[str, Any]:
         space = os.statvfs(self._pool.directory)

@@ -20,6 +20,7 @@ from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
+from p2pgz.core.standing import Fault
 from p2pgz.errors import ConfigError, P2pgzError, StateError
 from p2pgz.fetch.announcing import Announcing
 from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
@@ -28,6 +29,7 @@ from p2pgz.fetch.offers import PoolOffers
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p import indirect
 from p2pgz.p2p.addresses import OwnAddresses
+from p2pgz.p2p.alternatives import Alternatives
 from p2pgz.p2p.bootstrap import Bootstrapper
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials, Ourselves
@@ -46,6 +48,17 @@ log = structlog.get_logger(component="peers")
 DEFAULT_PORT: Final = 4801
 # A libp2p connection that comes while the library is still being loaded
 DHT_READY_SECONDS: Final = 10.0
+
+
+NO_PEERS: Final[dict[str, Any]] = {
+    "peer_id": None,
+    "addrs": [],
+    "faults": {},
+    "faulty_peers": [],
+    "identity_twins": 0,
+    "busy_answers": 0,
+}
+"""the status of a node that has none"""
 
 
 class Peering:
@@ -81,6 +94,10 @@ class Peering:
         return {
             "peer_id": str(self.peer_id),
             "addrs": [f"{address}/p2p/{self.peer_id}" for address in self.own.current],
+            "faults": {str(fault): self.exchange.standing.counts[fault] for fault in Fault},
+            "faulty_peers": self.exchange.faulty_peers(),
+            "identity_twins": self.exchange.dialler.twins,
+            "busy_answers": self.exchange.uploads.busy,
         }
 
     def dht_is(self, dht: Dht | None) -> None:
@@ -159,6 +176,7 @@ async def open_peering(
             pool, shares, provide_chunks=config.provide == "chunk", layer_names=layer_names
         )
         discovery = Discovery(plane.exchange, pool, shares, announcing)
+        uploads.alternatives = Alternatives(plane.exchange, discovery.addresses_of)
 
         async def connect(host: str, port: int, expected: PeerId | None) -> PeerId:
             try:

@@ -47,6 +47,8 @@ DOCUMENT_BUSY_ASKS: Final = 20
 DOCUMENT_BUSY_MAX_SECONDS: Final = 0.5
 # those that know a layer are likely among the quickest; each answer is a few hundred bytes
 INDEX_ASKS_MAX: Final = 16
+# of thousands of ids that one host may have made, the newest will do
+FAULTY_SHOWN: Final = 64
 # how soon followers learn of new chunks; more often would cost more than it helps
 TELL_SECONDS: Final = 0.05
 
@@ -370,6 +372,19 @@ class Exchange:
                 "seconds": now - c.since,
                 "received_bytes": c.downloads.received_bytes,
                 "expected_seconds": c.expected_seconds(),
+                "faults": self.standing.faults_of(c.peer),
             }
             for c in self.connections()
+        ]
+
+    def faulty_peers(self) -> list[dict[str, Any]]:
+        """The peers that have lost their place for now, those of late."""
+        now = trio.current_time()
+        return [
+            {
+                "peer_id": str(peer),
+                "faults": self.standing.faults_of(peer),
+                "out_seconds": self.standing.out_until(peer, now) - now,
+            }
+            for peer in self.standing.out(now)[-FAULTY_SHOWN:]
         ]

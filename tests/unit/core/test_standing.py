@@ -41,6 +41,22 @@ def test_innocent_failures_cost_seconds_and_are_forgiven() -> None:
     assert standing.counts == {Fault.LOST: 2, Fault.SLOW: 1}
 
 
+def test_it_is_known_who_did_what_and_who_is_out() -> None:
+    standing = Standing()
+    b = PeerId.of_ed25519(b"b" * 32)
+    standing.fault(A, Fault.LOST, 0)
+    standing.fault(b, Fault.CORRUPT, 0)
+    standing.fault(A, Fault.SLOW, 0)
+    assert standing.faults_of(A) == {"lost": 1, "slow": 1}
+    assert standing.faults_of(b) == {"corrupt": 1}
+    assert standing.faults_of(PeerId.of_ed25519(b"c" * 32)) == {}
+    assert standing.out(0.5) == [b, A]
+    assert standing.out(10) == [b]
+    assert standing.out(BAN_START_SECONDS) == []
+    standing.good(A)
+    assert standing.faults_of(A) == {"lost": 1, "slow": 1}  # forgiven, not forgotten
+
+
 def test_a_lost_connection_does_not_shorten_a_ban() -> None:
     standing = Standing()
     until = standing.fault(A, Fault.CORRUPT, 0)
