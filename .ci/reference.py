@@ -16,6 +16,7 @@ import click
 import msgspec
 
 from p2pgz import cli, config, errors
+from p2pgz.node.live import AT_ONCE
 from p2pgz.web import api
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
@@ -116,11 +117,12 @@ def key_table(name: str, section: msgspec.Struct) -> list[str]:
             type_name(key.type),
             f"`{config._toml(getattr(section, key.name))}`",
             one_line(doc),
+            "at once" if f"{name}.{key.name}" in AT_ONCE else "at start",
             f"`P2PGZ_{name.upper()}__{key.name.upper()}`",
         )
         for key, doc in keys
     ]
-    return table(("key", "type", "default", "meaning", "environment variable"), rows)
+    return table(("key", "type", "default", "meaning", "changes", "environment variable"), rows)
 
 
 def one_line(text: str | None) -> str:

@@ -53,12 +53,13 @@ class Settings:
             else directories.default_path(os.environ, root=directories.is_root())
         )
 
-    def load(self, flags: dict[str, object] | None = None) -> Loaded:
+    def load(self, flags: dict[str, object] | None = None, *, must_exist: bool = False) -> Loaded:
         """The merged configuration; raises ConfigError."""
         from p2pgz import config
 
         merged = {"log.level": "debug", **(flags or {})} if self.verbose else flags
-        return config.load(self.config_path, os.environ, merged, must_exist=self.config_file is not None)
+        must_exist = must_exist or self.config_file is not None
+        return config.load(self.config_path, os.environ, merged, must_exist=must_exist)
 
 
 def print_json(value: object) -> None:

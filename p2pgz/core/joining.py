@@ -107,17 +107,20 @@ class Joining:
         random: Callable[[], float],
         min_peers: int = MIN_PEERS,
     ) -> None:
-        self.entries = [Entry(address) for address in dict.fromkeys(entries)]
         self._own = own
         self._random = random
         self._min_peers = min_peers
         self._offers: dict[PeerId, dict[Endpoint, Target]] = {}
         self._was_few = self._was_alone = True
         self._probe_due = 0.0
-        for entry in self.entries:
-            if not entry.address.is_name:
-                endpoint = Endpoint(entry.address.host, entry.address.port)
-                entry.targets[endpoint] = self._target(endpoint, entry.address.peer, literal=True)
+        self.entries = [self._entry(address) for address in dict.fromkeys(entries)]
+
+    def _entry(self, address: PeerAddress) -> Entry:
+        entry = Entry(address)
+        if not address.is_name:
+            endpoint = Endpoint(address.host, address.port)
+            entry.targets[endpoint] = self._target(endpoint, address.peer, literal=True)
+        return entry
 
     # -- what is known
 
@@ -135,6 +138,11 @@ class Joining:
             self._offers[peer] = targets
             if len(self._offers) > OFFERS_MAX:
                 del self._offers[next(iter(self._offers))]
+
+    def configure(self, entries: Iterable[PeerAddress]) -> None:
+        """Other entries from now on; what is known of those that stay is kept."""
+        known = {entry.address: entry for entry in self.entries}
+        self.entries = [known.get(address) or self._entry(address) for address in dict.fromkeys(entries)]
 
     def resolved(self, entry: Entry, ips: Iterable[str], now: float) -> None:
         """The addresses of a name; those it no longer has are forgotten."""

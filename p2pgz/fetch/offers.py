@@ -89,8 +89,8 @@ class PoolOffers:
         self._pool = pool
         self._shares = shares
         self._indexes = indexes
-        self._told_documents: set[bytes] = set()
-        """indexes of plain layers that some peer has been told of: who is told may have them"""
+        self._told_documents: dict[bytes, bytes] = {}
+        """indexes of plain layers that some peer has been told of, and their segments: who is told may have them"""
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         self._offers: dict[int, tuple[Segment, SegmentOffer]] = {}
 
@@ -111,11 +111,15 @@ class PoolOffers:
 
     async def document(self, digest: bytes) -> bytes | None:
         """A TOC, manifest or config that every peer may have."""
-        told = digest in self._told_documents
-        if self._shares is not None and not told and not self._shares.is_open_document(digest):
+        if not self._is_open_document(digest):
             await trio.lowlevel.checkpoint()
             return None
         return await self._pool.get_object(Digest(digest))
+
+    def _is_open_document(self, digest: bytes) -> bool:
+        if self._shares is None or self._shares.is_open_document(digest):
+            return True
+        return self._shares.is_open_segment(self._told_documents.get(digest, b""))
 
     def index(self, diff_id: bytes) -> bytes | None:
         """What is known of the own index of a plain layer whose chunks every peer may have."""
@@ -125,7 +129,7 @@ class PoolOffers:
         segment, document, claim = found
         if self._shares is not None and not self._shares.is_open_segment(segment.id.raw):
             return None
-        self._told_documents.add(document.raw)
+        self._told_documents[document.raw] = segment.id.raw
         return claim
 
     def secret(self, name: bytes) -> bytes | None:

@@ -77,9 +77,14 @@ class ChunkFetcher:
         known = self._origins.get(_key(origin.segment))
         if known is not None:
             known.source, known.descriptor = origin.source, origin.descriptor
+            known.peers |= origin.peers
             return
         origin.link = self._links.setdefault(origin.source.name, origin.link)
         self._origins[_key(origin.segment)] = origin
+
+    def limit_fill(self, bytes_per_second: int) -> None:
+        """Another rate of the background fetch from now on."""
+        self._fill_limiter.bytes_per_second = bytes_per_second
 
     def refuse(self, segment: Segment, error: P2pgzError) -> None:
         """Let every further read of a segment fail: its index has turned out to be a lie."""

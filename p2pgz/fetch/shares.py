@@ -108,6 +108,7 @@ class Shares:
         self._open_documents: set[bytes] = set()
         self._closed_segments: dict[bytes, _Closed] = {}
         self._closed_documents: dict[bytes, _Closed] = {}
+        self._images: dict[str, ImageFile] = {}
         self._written: dict[str, ImageFile] = {}
 
     # --- where an image belongs
@@ -152,16 +153,18 @@ class Shares:
             documents=sorted({str(digest) for digest in documents}),
             segments=sorted({str(segment.id) for segment in segments if segment.domain == place.domain}),
         )
-        self._enter(image, place)
-        await self._remember(image)
-
-    async def _remember(self, image: ImageFile) -> None:
-        directory, name = self._directory, _file_name(image)
-        known = self._written.get(name)
+        name = _file_name(image)
+        known = self._images.get(name)
         if known is not None:  # opened by tag, then by digest, which has no index
-            indexes = sorted({*image.indexes, *known.indexes})
-            image = msgspec.structs.replace(image, indexes=indexes)
-        if directory is None or image == known:
+            image = msgspec.structs.replace(image, indexes=sorted({*image.indexes, *known.indexes}))
+        self._images[name] = image
+        if place.mode is self.policy.mode(place.repository):  # not if the rules have changed meanwhile
+            self._enter(image, place)
+        await self._remember(name, image)
+
+    async def _remember(self, name: str, image: ImageFile) -> None:
+        directory = self._directory
+        if directory is None or image == self._written.get(name):
             await trio.lowlevel.checkpoint()
             return
 
@@ -179,21 +182,47 @@ class Shares:
     async def load(self, pool: Pool) -> None:
         """Share what earlier runs have opened, as far as it is still here and the policy of today allows."""
         for image in await trio.to_thread.run_sync(self._read_all):
-            manifest = Digest.parse(image.manifest)
-            mode = self.policy.mode(image.repository)
-            index_domain = self.index_access(image.repository).domain
-            document = await pool.get_object(manifest, domain=index_domain)
+            self._images[_file_name(image)] = image
+        self._written = dict(self._images)
+        await self.adopt(self.policy, pool)
+
+    async def adopt(self, policy: Policy, pool: Pool) -> None:
+        """Share by these rules from now on. What was opened under another mode is shared with nobody."""
+        documents: dict[str, bytes | None] = {}
+        while new := [name for name in self._images if name not in documents]:
+            for name in new:
+                image = self._images[name]
+                is_open = image.domain == SHARED_DOMAIN
+                domain = SHARED_DOMAIN if is_open else private_domain(image.repository)
+                documents[name] = await pool.get_object(Digest.parse(image.manifest), domain=domain)
+        # from here on at once: no peer is answered by half of the rules
+        self.policy = policy
+        for table in (self._open_segments, self._open_documents):
+            table.clear()
+        for closed in (self._closed_segments, self._closed_documents):
+            closed.clear()
+        for name, document in documents.items():
+            image = self._images[name]
             if document is None:
                 continue
-            place = self.place(image.repository, manifest, document)
-            if place.domain != image.domain:
-                log.warning(
-                    "image.not_shared", repository=image.repository, manifest=image.manifest, mode=str(mode),
-                    effect="its repository has another mode than when it was opened: mount it again to share it",
-                )  # fmt: skip
+            place = self.place(image.repository, Digest.parse(image.manifest), document)
+            if place.domain == image.domain:
+                self._enter(image, place)
                 continue
-            self._enter(image, place)
-            self._written[_file_name(image)] = image
+            log.warning(
+                "image.not_shared", repository=image.repository, manifest=image.manifest, mode=str(place.mode),
+                effect="its repository has another mode than when it was opened: mount it again to share it",
+            )  # fmt: skip
+
+    def verdicts(self) -> dict[tuple[str, bytes], bool]:
+        """Of the layers of all images that were opened here, by domain and id: whether any peer may be asked for them."""
+        found = {
+            (image.domain, Digest.parse(text).raw): False
+            for image in self._images.values()
+            for text in image.segments
+        }
+        found |= {(SHARED_DOMAIN, raw): True for raw in self._open_segments}
+        return found | {(closed.domain, closed.digest.raw): True for closed in self._closed_segments.values()}
 
     def _read_all(self) -> list[ImageFile]:
         found = []

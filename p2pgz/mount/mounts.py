@@ -77,7 +77,7 @@ class Mounts:
         self._catalog = catalog
         self._fetcher = fetcher
         self._nursery = nursery
-        self._config = config
+        self.config = config
         self._boot_id = boot_id
         self._mounts: dict[str, Mount] = {}
         self._recovering: dict[str, MountRecord] = {}
@@ -150,7 +150,7 @@ class Mounts:
             for segment, end in mounted.image.prefetch:
                 nursery.start_soon(prefetch, self._fetcher, segment, end)
             if mounted.options.fill:
-                delay = self._config.fill_delay_seconds
+                delay = self.config.fill_delay_seconds
 
                 async def fill_all() -> None:
                     await fill(self._fetcher, mounted.image.segments, delay_seconds=delay)

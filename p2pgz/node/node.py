@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
@@ -53,6 +53,9 @@ from p2pgz.web.api import (
     recorded_request,
 )
 
+if TYPE_CHECKING:
+    from p2pgz.node.live import LiveSettings
+
 log = structlog.get_logger(component="node")
 
 MODES = ("auto", "tree", "erofs")
@@ -62,6 +65,9 @@ ANSWER_FIRST_SECONDS = 0.1
 
 class Node:
     """Everything a running node has. Made by `node.run.open_node`."""
+
+    live: LiveSettings
+    """the configuration that is in effect"""
 
     def __init__(
         self,
@@ -102,6 +108,10 @@ class Node:
         self.restart = trio.Event()
         """set when this node is to go on as the version that is installed now"""
 
+    def use(self, config: Config) -> None:
+        """Go by another configuration for what is asked for from now on."""
+        self._config = config
+
     def status(self) -> dict[str, Any]:
         """The document of `p2pgz status --json` (docs/reference/control-api.md); fields may be added, never renamed."""
         counters = self._fetcher.counters
@@ -113,6 +123,7 @@ class Node:
                 "pid": os.getpid(),
             },
             "peers": self._peering.exchange.status() if self._peering is not None else [],
+            "config": self.live.status(),
             "mounts": self.mounts.status(),
             "seeds": self.seeds.status(),
             "pool": self._pool_status(),
@@ -341,6 +352,11 @@ class Node:
         finally:
             self.busy -= 1
             self.last_use = trio.current_time()
+
+    async def drain(self) -> None:
+        """Take leave of peers before the end: nothing new, and what they were promised."""
+        if self._peering is not None:
+            await self._peering.drain()
 
     async def linger(self, seconds: float) -> None:
         """Return once nothing has been mounted, opened or asked for `seconds` (what an ephemeral node waits for)."""

@@ -48,6 +48,8 @@ log = structlog.get_logger(component="peers")
 DEFAULT_PORT: Final = 4801
 # A libp2p connection that comes while the library is still being loaded
 DHT_READY_SECONDS: Final = 10.0
+# how long uploads may go on after SIGTERM; systemd waits for 90 s, Kubernetes for 30
+DRAIN_SECONDS: Final = 5.0
 
 
 NO_PEERS: Final[dict[str, Any]] = {
@@ -75,6 +77,7 @@ class Peering:
     ) -> None:
         self.identity = identity
         self.exchange: Exchange = plane.exchange
+        self._listener = plane.listener
         self.discovery = discovery
         self.bootstrapper = bootstrapper
         self.peers = DiscoveringPeers(plane.exchange, discovery)
@@ -104,6 +107,20 @@ class Peering:
         """The DHT runs, or (None) there is none."""
         self.dht = dht
         self._dht_ready.set()
+
+    async def readmit(self, admission: Admission) -> None:
+        """Let others in than before; who was let in already shows what he knows once more."""
+        self.exchange.admission.adopt(admission)
+        log.info("peers.readmitted", open=admission.open)
+        warn_if_open(admission)
+        await self.exchange.readmit()
+        if self.dht is not None and not admission.open:
+            await self.dht.readmit()
+
+    async def drain(self) -> None:
+        """Accept nobody any more, offer nothing, and let what is on its way to peers arrive."""
+        self._listener.stop()
+        await self.exchange.drain(DRAIN_SECONDS)
 
     async def on_multistream(self, stream: trio.SocketStream) -> None:
         """A libp2p connection."""
@@ -139,6 +156,16 @@ def read_admission(config: PeersConfig) -> Admission:
                 f"peers.cluster_key_file: {path}: no key in it", hint="a line of at least 16 bytes"
             )
     return Admission(cluster_keys=keys, allowed=[PeerId.parse(text) for text in config.allow])
+
+
+def warn_if_open(admission: Admission) -> None:
+    """Say that anyone may join, which is good for a first try only."""
+    if admission.open:
+        log.warning(
+            "peers.open",
+            effect="whoever reaches the port may join",
+            hint="peers.cluster_key_file admits only those who know the key",
+        )
 
 
 @asynccontextmanager
@@ -200,13 +227,7 @@ async def open_peering(
         )
         peering = Peering(identity, plane, discovery, bootstrapper, own, indexes)
         early.append(peering)
-        if admission.open:
-            log.warning(
-                "peers.open",
-                port=plane.port,
-                effect="whoever reaches the port may join",
-                hint="peers.cluster_key_file admits only those who know the key",
-            )
+        warn_if_open(admission)
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(discovery.run)

@@ -15,7 +15,6 @@ import structlog
 import trio
 
 from p2pgz.config import Config
-from p2pgz.core.sharing import Mode, Policy, Rule
 from p2pgz.directories import boot_id, prepare_directories
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Shares
@@ -27,6 +26,7 @@ from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
 from p2pgz.mount.users import SegmentUsers
+from p2pgz.node.live import LiveSettings, Read, policy_of
 from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
 from p2pgz.node.plainly import share_plain_layers
@@ -53,8 +53,7 @@ async def open_node(
         pool = await stack.enter_async_context(
             Pool.open(state_path, boot_id=boot_id(), check_filesystem=config.pool.check_filesystem)
         )
-        policy = Policy(Rule(rule.repository, Mode(rule.mode)) for rule in config.sharing)
-        shares = Shares(policy, state_path)
+        shares = Shares(policy_of(config.sharing), state_path)
         await shares.load(pool)
         peering = None
         if takes_part(config.peers, ephemeral=ephemeral):
@@ -92,6 +91,16 @@ async def open_node(
         upkeep = Upkeep(config.pool, pool, fetcher, SegmentUsers(mounts, servers))
         sources = Sources(config.registry, stack)
         node = Node(config, pool, fetcher, opener, mounts, sources, peering, upkeep, nursery)
+        node.live = LiveSettings(
+            config,
+            node=node,
+            pool=pool,
+            shares=shares,
+            fetcher=fetcher,
+            mounts=mounts,
+            sources=sources,
+            peering=peering,
+        )
         await holder.take_from_systemd()
         recovered = trio.Event()
 
@@ -116,10 +125,18 @@ async def open_node(
 
 
 async def run_node(
-    config: Config, state_path: Path, run_path: Path, ephemeral: bool, replace_fs: bool, tell: Tell
+    config: Config,
+    read: Read,
+    state_path: Path,
+    run_path: Path,
+    ephemeral: bool,
+    replace_fs: bool,
+    tell: Tell,
 ) -> bool:
     """Run until SIGTERM or SIGINT, or, when ephemeral, until nothing is mounted any more. A second signal ends at once.
-    Mounts live on. True: the caller is to start the version that is installed now, with `replace_fs`."""
+    SIGHUP: `read` the configuration again. Mounts live on. True: the caller is to start the version that is installed now,
+    with `replace_fs`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # not the end of a node that is about to listen for it
     async with open_node(config, state_path, run_path, replace_fs=replace_fs, ephemeral=ephemeral) as node:
         tell({"event": "ready", "pid": os.getpid()})
         async with trio.open_nursery() as nursery:
@@ -138,11 +155,15 @@ async def run_node(
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(end_to_restart)
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async for number in signals:
+                    if number == signal.SIGHUP:
+                        await node.live.reload(read)
+                        continue
                     log.info("node.stopping", signal=signal.Signals(number).name)
                     break
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             nursery.cancel_scope.cancel()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        await node.drain()
         return node.restart.is_set()

@@ -113,6 +113,11 @@ class OwnAddresses:
         self._observed: OrderedDict[bytes, str] = OrderedDict()
         self.current = self._find()
 
+    def configure(self, addresses: Iterable[PeerAddress]) -> None:
+        """Announce these from now on; none: find out."""
+        self._configured = tuple(address.without_peer() for address in addresses)
+        self.refresh()
+
     def bootstrap(self, ips: Iterable[str]) -> None:
         """These are the addresses of the bootstrap peers, as far as they are known."""
         self._bootstrap = tuple(ips)

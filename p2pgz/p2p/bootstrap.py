@@ -122,6 +122,12 @@ class Bootstrapper:
         """Look at once whether there is something to do (a connection was lost, an address learned)."""
         self._woken.set()
 
+    def configure(self, entries: Iterable[PeerAddress]) -> None:
+        """Other entries from now on."""
+        self._joining.configure(entries)
+        self._on_addresses(self.ips())
+        self.wake()
+
     def offer(self, contact: Contact) -> None:
         """Somebody has told of a peer (mDNS): it may be dialled if peers are missing."""
         try:

@@ -187,6 +187,16 @@ class Connection(Asking):
         """End it because of what its bytes turned out to be."""
         self._end(error, fault)
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether the peer still gets something that it was promised."""
+        return bool(self.serving.queue or self._documents_out)
+
+    def withdraw(self) -> None:
+        """Say that we have nothing any more, so that the peer asks others."""
+        with contextlib.suppress(PeerFault):
+            self.serving.withdraw()
+
     async def close(self, reason: GoodbyeReason = GoodbyeReason.LEAVING) -> None:
         """Tell the peer and end it, within a second."""
         self._leaving = True

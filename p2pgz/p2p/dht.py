@@ -52,7 +52,7 @@ class Dht:
             self.kad, random=random.SystemRandom().random, bootstrap=bootstrap, now=now
         )
         self._admission = admission
-        self._proofs = admission.proofs(identity.peer_id)
+        self._identity = identity
         self._nursery = nursery
         self._admitted: OrderedDict[bytes, None] = OrderedDict()
         self._greeted: dict[bytes, trio.Event] = {}
@@ -60,6 +60,10 @@ class Dht:
         host.on_peer = self._identified
         host.serve(protocol, self._answer_kad)
         host.serve(records.PROTOCOL, self._answer_records)
+
+    @property
+    def _proofs(self) -> tuple[bytes, ...]:
+        return self._admission.proofs(self._identity.peer_id)
 
     def admits(self, peer: bytes) -> bool:
         """Whether a peer has shown that it may take part, or needs not show anything."""
@@ -165,6 +169,14 @@ class Dht:
         if not self.admits(peer):
             self.kad.table.discard(peer)
             raise SourceUnavailable(f"peer {PeerId(peer)} is not admitted") from cause
+
+    async def readmit(self) -> None:
+        """Our keys or our list have changed: everybody has to show again that he may take part."""
+        self._admitted.clear()
+        self._greeted.clear()
+        async with trio.open_nursery() as nursery:
+            for peer in self.host.connected():
+                nursery.start_soon(self.host.disconnect, peer)
 
     async def _greet_guarded(self, contact: Contact) -> None:
         try:

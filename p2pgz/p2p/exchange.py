@@ -17,6 +17,7 @@ from typing import Any, Final
 import structlog
 import trio
 
+from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
 from p2pgz.core.hello import Refused
 from p2pgz.core.messages import GoodbyeReason
@@ -39,6 +40,7 @@ CONNECTIONS_MAX: Final = 128
 PER_PEER_MAX: Final = 4
 ACCEPT_SECONDS: Final = 10.0
 HANDSHAKES_MAX: Final = 64
+DRAIN_LOOK_SECONDS: Final = 0.02
 # A document is small or rare: three peers at a time find one quickly and cost little when none has it
 DOCUMENT_ASKS_AT_ONCE: Final = 3
 DOCUMENT_SECONDS: Final = 5.0
@@ -177,6 +179,27 @@ class Exchange:
 
     def _note_fault(self, peer: PeerId, fault: Fault) -> None:
         self.standing.fault(peer, fault, trio.current_time())
+
+    @property
+    def admission(self) -> Admission:
+        """Who may take part."""
+        return self._credentials.admission
+
+    async def readmit(self) -> None:
+        """Our keys or our list have changed: who is not on it says hello, and shows what he knows, again."""
+        async with trio.open_nursery() as nursery:
+            for connection in self.connections():
+                if not self.admission.open and not self.admission.admits(connection.peer, ()):
+                    nursery.start_soon(connection.close)
+
+    async def drain(self, seconds: float) -> None:
+        """Offer nothing any more, and return when all that peers were promised has been sent, or time is up."""
+        self.uploads.leaving = True
+        for connection in self.connections():
+            connection.withdraw()
+        with trio.move_on_after(seconds):
+            while any(c.is_sending for c in self.connections()):  # noqa: ASYNC110  # many queues, no event for all
+                await trio.sleep(DRAIN_LOOK_SECONDS)
 
     async def _goodbye(self) -> None:
         async with trio.open_nursery() as nursery:

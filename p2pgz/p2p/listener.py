@@ -50,6 +50,7 @@ class PeerListener:
         self._on_tls = on_tls
         self._on_multistream = on_multistream
         self._strangers = trio.CapacityLimiter(STRANGERS_MAX)
+        self._accepting: list[trio.CancelScope] = []
         self.refused = 0
         """connections that were nobody's, or one too many"""
 
@@ -68,7 +69,17 @@ class PeerListener:
                 nursery.start_soon(self._accept, listener, nursery)
             task_status.started()
 
+    def stop(self) -> None:
+        """Accept no more; the ports are free then. Connections that were accepted live on."""
+        for scope in self._accepting:
+            scope.cancel()
+
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        with trio.CancelScope() as scope:
+            self._accepting.append(scope)
+            await self._accept_until_stopped(listener, nursery)
+
+    async def _accept_until_stopped(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         async with listener:
             while True:
                 try:

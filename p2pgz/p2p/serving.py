@@ -158,6 +158,12 @@ class Serving:
         self._shown.pop(swarm, None)
         self._proven.discard(swarm)
 
+    def withdraw(self) -> None:
+        """Tell that nothing is left of what the peer follows. Raises PeerFault when it does not read."""
+        for swarm in list(self.joined):
+            self.on_leave(swarm)
+            self._say(Bitmap(swarm, 0, b""))
+
     def tell_changes(self, swarms: Iterable[bytes]) -> None:
         """Tell what changed in those of these swarms that the peer follows. Raises PeerFault when it does not read."""
         for swarm in swarms:

@@ -181,7 +181,14 @@ class Uploads:
         self._zstd = zstd
         self._workers = trio.CapacityLimiter(_ZSTD_WORKERS)
         self.alternatives = alternatives
+        self.leaving = False
+        """the node is about to end: nothing new is promised"""
         self.chunks = self.raw_bytes = self.wire_bytes = self.busy = self.compressed_chunks = 0
+
+    def limit(self, *, bytes_per_second: int, slots: int) -> None:
+        """Other limits from now on."""
+        self._pace.bytes_per_second = bytes_per_second
+        self._slots.total_tokens = slots
 
     def join(self, queue: UploadQueue) -> None:
         """A further connection, whose queue counts."""
@@ -193,7 +200,7 @@ class Uploads:
 
     def busy_ms(self, priority: int) -> int:
         """When a peer should ask again, because what is before it would keep it waiting for too long; 0: serve it now."""
-        if self._slots.statistics().tasks_waiting >= WAITING_MAX:
+        if self.leaving or self._slots.statistics().tasks_waiting >= WAITING_MAX:
             return RETRY_MS
         rate = self._pace.bytes_per_second
         if not rate:

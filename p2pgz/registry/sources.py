@@ -36,14 +36,15 @@ class Sources:
     """The open registry clients: one for each way to a repository, kept for its connections and tokens."""
 
     def __init__(self, config: RegistryConfig, stack: AsyncExitStack) -> None:
-        self._config = config
+        self.config = config
+        """may be replaced: what is opened from then on goes by it"""
         self._stack = stack
         self._open: dict[tuple[object, ...], RegistrySource | LayoutSource] = {}
         self._opening = trio.Lock()
 
     async def get(self, reference: Reference, request: Access) -> RegistrySource | LayoutSource:
         """A source for the reference as the request wants to reach it."""
-        registry = self._config
+        registry = self.config
         options = RegistryOptions(
             plain_http=request.plain_http or reference.host in registry.plain_http,
             ca_file=request.ca_file or registry.ca_file,

@@ -13,6 +13,10 @@ import structlog
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+class _Logger(structlog.BoundLoggerBase):
+    """Loggers are made once and kept, and what is below the level must cost nothing: `set_level` changes their class."""
+
+
 def set_up(level: str, *, text: bool | None = None) -> None:
     """Configure logging for this process; `text` is decided by whether standard error is a terminal when None."""
     if text is None:
@@ -27,7 +31,15 @@ def set_up(level: str, *, text: bool | None = None) -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        wrapper_class=_Logger,
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Say more or less from now on, by all loggers that there are."""
+    for name, method in vars(structlog.make_filtering_bound_logger(LEVELS[level])).items():
+        if not name.startswith("__"):
+            setattr(_Logger, name, method)

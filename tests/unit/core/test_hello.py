@@ -166,3 +166,14 @@ def test_values_that_cannot_be_are_programming_errors() -> None:
     with pytest.raises(ConfigError):
         PeerId.parse("1" * 65)
     assert sorted([C, A, B]) == [A, B, C]
+
+
+def test_who_is_admitted_may_change_while_everybody_holds_the_same_object() -> None:
+    held, other = Admission(cluster_keys=[OLD_KEY]), Admission(cluster_keys=[KEY], allowed=[B])
+    assert held != other
+    held.adopt(other)
+    assert held == other
+    assert held.admits(B, ())
+    assert held.admits(C, Admission(cluster_keys=[KEY]).proofs(C))
+    assert not held.admits(C, Admission(cluster_keys=[OLD_KEY]).proofs(C))
+    assert held != KEY

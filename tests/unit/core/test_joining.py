@@ -301,3 +301,13 @@ def test_peer_that_was_reached_before_is_still_the_same() -> None:
     state.dialled(target, peer(1), 1.0)
     state.dialled(target, peer(1), 9.0)
     assert target.since == 1.0
+
+
+def test_other_entries_keep_what_is_known_of_those_that_stay() -> None:
+    state = joining(address(1), address(2))
+    for target in state.decide(0.0, []).dials:
+        state.dial_failed(target, "refused", 0.0)
+    state.configure([address(2), address(3), address(3)])
+    assert [str(entry.address) for entry in state.entries] == [str(address(2)), str(address(3))]
+    assert hosts(state.decide(0.01, [])) == {3}
+    assert hosts(state.decide(60.0, [])) == {2}
