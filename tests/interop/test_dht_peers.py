@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,24 +21,15 @@ from p2pgz.p2p.dht import Dht
 from p2pgz.p2p.identity import Identity
 from p2pgz.testing.dht import contact_of, listening_dht, multiaddr_of
 from p2pgz.testing.kad_network import Things
+from tests.interop.foreign import built_go_peer, library_dht
 
-SOURCE = Path(__file__).parent / "dht_peer"
-CACHE = Path(__file__).parents[2] / ".cache"
 CHUNK = Digest.of(b"a chunk")
 TOC = Digest.of(b"a table of contents")
 
 
 @pytest.fixture(scope="session")
 def go_peer() -> Path:
-    """The Go program, built once for its sources: the build takes a minute where nothing is cached."""
-    sources = [SOURCE / name for name in ("go.mod", "go.sum", "main.go")]
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    program = CACHE / f"dht_peer-{name}"
-    if not program.exists():
-        CACHE.mkdir(exist_ok=True)
-        subprocess.run(["go", "build", "-o", f"{program}.new", "."], cwd=SOURCE, check=True, timeout=280)
-        Path(f"{program}.new").rename(program)
-    return program
+    return built_go_peer()
 
 
 needs_go = [pytest.mark.go, pytest.mark.skipif(shutil.which("go") is None, reason="needs a Go toolchain")]
@@ -179,7 +169,7 @@ class TestPyLibp2p:
             first = await stack.enter_async_context(listening_dht())
             holder = await stack.enter_async_context(listening_dht(first, holdings=things))
             await settle(first, holder)
-            host, theirs = await stack.enter_async_context(_library_dht(first))
+            host, theirs = await stack.enter_async_context(library_dht(contact_of(first)))
             found = await theirs.find_providers("1220" + CHUNK.hex)
             assert {holder.host.peer} == {info.peer_id.to_bytes() for info in found}
             assert await theirs.provide("1220" + TOC.hex)
@@ -192,48 +182,6 @@ class TestPyLibp2p:
             with trio.fail_after(10):
                 while not theirs.provider_store.get_providers(Digest.of(b"ours").multihash):
                     await trio.sleep(0.05)
-
-
-@asynccontextmanager
-async def _library_dht(bootstrap: Dht) -> AsyncIterator[tuple[Any, Any]]:
-    """py-libp2p's KadDHT under our protocol id, which it takes from a constant of each of its modules."""
-    from libp2p.custom_types import TProtocol
-    from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
-    from libp2p.peer.id import ID
-    from libp2p.peer.peerinfo import PeerInfo
-    from libp2p.tools.anyio_service import background_trio_service
-    from multiaddr import Multiaddr
-
-    from p2pgz.p2p.libp2p_parts import make_host
-
-    modules = [
-        importlib.import_module(f"libp2p.kad_dht.{name}")
-        for name in ("common", "provider_store", "value_store", "peer_routing", "kad_dht")
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "PROTOCOL_ID", TProtocol("/p2pgz/kad/1.0.0"))
-        listener_port = await _free_port()
-        address = f"/ip4/127.0.0.1/tcp/{listener_port}"
-        host = make_host(b"7" * 32, [address])
-        async with host.run(listen_addrs=[Multiaddr(address)]):
-            theirs = KadDHT(host, DHTMode.SERVER)
-            async with background_trio_service(theirs):
-                contact = contact_of(bootstrap)
-                info = PeerInfo(ID(contact.peer), [Multiaddr(raw) for raw in contact.addresses])
-                await host.connect(info)
-                await theirs.routing_table.add_peer(info)
-                yield host, theirs
-            # stopped with connections, it leaves their sockets to the collector
-            for peer in host.get_connected_peers():
-                await host.disconnect(peer)
-
-
-async def _free_port() -> int:
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port: int = listeners[0].socket.getsockname()[1]
-    await listeners[0].aclose()
-    return port
 
 
 @asynccontextmanager
