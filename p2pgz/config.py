@@ -82,6 +82,8 @@ class FetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     none"""
     fill_delay_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     """how long after the mount the background fetch starts, so that a start-up has the link for itself"""
+    startup_list: bool = True
+    """record which chunks of an image are read first, tell peers, and fetch those first at the next mount, here or there"""
 
 
 class MountConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -146,6 +146,32 @@ class PeerSource(Protocol):
         ...
 
 
+class NamingPeers(Protocol):
+    """Peers that tell things that have a name and no digest: each may say something else."""
+
+    async def named(
+        self,
+        name: bytes,
+        told: Callable[[PeerId, bytes], None],
+        *,
+        limit_bytes: int,
+        secret: bytes,
+        asked: set[PeerId],
+        peers_max: int,
+    ) -> None:
+        """Ask connected peers that are not in `asked`, the quickest `peers_max` of them, for what they have under a name;
+        they are in `asked` from then on. `told` gets each answer as it came, unchecked. With the secret of an image: asked
+        for by a name that others do not understand.
+
+        Returns when all have answered. Time-outs are the caller's.
+        """
+        ...
+
+    def blame(self, peer: PeerId, error: P2pgzError) -> None:
+        """The peer has lied: it loses its place."""
+        ...
+
+
 class IndexPeers(PeerSource, Protocol):
     """Peers that also tell of the own indexes of plain layers (`core.indexclaim`)."""
 

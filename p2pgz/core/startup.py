@@ -27,8 +27,10 @@ CHUNKS_MAX: Final = 16_384
 LAYERS_MAX: Final = 1024
 # CHUNKS_MAX runs of one chunk each, and LAYERS_MAX layers
 LIST_MAX_BYTES: Final = 320 << 10
-# A chunk that so many recordings in a row did not see is forgotten
+# A chunk that so many recordings in a row did not see is forgotten. They count when they saw at least this share of the
+# list: one that reads a few files of an image says nothing about how it starts.
 AGE_MAX: Final = 5
+AGING_SHARE: Final = 0.25
 # Nothing new is read for so long: the image has started. Or it works all the time, and that is no start-up any more.
 QUIET_SECONDS: Final = 10.0
 PHASE_SECONDS: Final = 60.0
@@ -98,15 +100,16 @@ def merged(known: StartUpList, read: Sequence[Spot]) -> StartUpList:
     Not seen does not mean not needed: the kernel reads some bytes without telling anybody.
     """
     fresh = dict.fromkeys(read[:CHUNKS_MAX])
+    older = int(len(known.ages.keys() & fresh.keys()) >= AGING_SHARE * len(known.ages))
     behind: dict[Spot | None, list[Spot]] = {}
     before: Spot | None = None
     for spot, age in known.ages.items():
         if spot in fresh:
             before = spot
-        elif age < AGE_MAX:
+        elif age + older <= AGE_MAX:
             behind.setdefault(before, []).append(spot)
     order = chain(behind.get(None, ()), *((spot, *behind.get(spot, ())) for spot in fresh))
-    ages = {spot: 0 if spot in fresh else known.ages[spot] + 1 for spot in order}
+    ages = {spot: 0 if spot in fresh else known.ages[spot] + older for spot in order}
     kept = {spot: ages[spot] for spot in list(ages)[:CHUNKS_MAX]}
     return StartUpList(kept, known.recordings + 1)
 

@@ -21,6 +21,7 @@ from p2pgz.fetch.announcing import Announcing
 from p2pgz.fetch.holdings import PoolHoldings
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.exchange import Exchange
+from p2pgz.p2p.hearing import hear
 from p2pgz.p2p.indirect import Indirect
 from p2pgz.pool.pool import Pool
 
@@ -218,6 +219,27 @@ class DiscoveringPeers:
     async def search(self, digest: bytes) -> bool:
         """See PeerSource."""
         return await self._discovery.find(Digest(digest)) > 0
+
+    async def named(
+        self,
+        name: bytes,
+        told: Callable[[PeerId, bytes], None],
+        *,
+        limit_bytes: int,
+        secret: bytes,
+        asked: set[PeerId],
+        peers_max: int,
+    ) -> None:
+        """See NamingPeers: only those that are connected, since nobody waits for the answer."""
+        await hear(
+            self._exchange.connections(),
+            name,
+            told,
+            limit_bytes=limit_bytes,
+            secret=secret,
+            asked=asked,
+            peers_max=peers_max,
+        )
 
     async def index_claims(self, diff_id: bytes, told: Callable[[PeerId, bytes], None]) -> None:
         """See IndexPeers: those that are connected, and only if none of them knows the layer those whom the DHT names."""

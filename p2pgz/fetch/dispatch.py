@@ -105,7 +105,8 @@ class Lane:
             priority, n, origin = head
             if not self._has_slot(priority):
                 return
-            window = origin.link.window_bytes() if priority is Priority.BLOCKED_READ else 0
+            alone = priority is Priority.BLOCKED_READ and n not in origin.listed
+            window = origin.link.window_bytes() if alone else 0
             table = origin.segment.table
             chosen = choose(
                 origin.order,

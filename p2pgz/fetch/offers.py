@@ -16,6 +16,7 @@ import trio
 from p2pgz.core.digest import SHA256_BYTES, Digest
 from p2pgz.fetch.indexes import PlainIndexes
 from p2pgz.fetch.shares import Shares
+from p2pgz.fetch.startup import StartUpLists
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.pool.segment import SHARED_DOMAIN
 
@@ -85,10 +86,17 @@ class SegmentOffer:
 class PoolOffers:
     """What of the pool is given away; see `p2p.offers.Offers`. Without `shares` all of the shared domain is: for tests."""
 
-    def __init__(self, pool: Pool, shares: Shares | None = None, indexes: PlainIndexes | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        shares: Shares | None = None,
+        indexes: PlainIndexes | None = None,
+        startups: StartUpLists | None = None,
+    ) -> None:
         self._pool = pool
         self._shares = shares
         self._indexes = indexes
+        self._startups = startups
         self._told_documents: dict[bytes, bytes] = {}
         """indexes of plain layers that some peer has been told of, and their segments: who is told may have them"""
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
@@ -110,7 +118,9 @@ class PoolOffers:
         return known[1]
 
     async def document(self, digest: bytes) -> bytes | None:
-        """A TOC, manifest or config that every peer may have."""
+        """A TOC, manifest or config that every peer may have, or the start-up list that has this name."""
+        if (told_list := self._startup_list(digest, SHARED_DOMAIN, proven=False)) is not None:
+            return told_list
         if not self._is_open_document(digest):
             await trio.lowlevel.checkpoint()
             return None
@@ -147,7 +157,15 @@ class PoolOffers:
         if place is None:
             await trio.lowlevel.checkpoint()
             return None
+        if (told_list := self._startup_list(place[1].raw, place[0], proven=True)) is not None:
+            return told_list
         return await self._pool.get_object(place[1], domain=place[0])
+
+    def _startup_list(self, name: bytes, domain: str, *, proven: bool) -> bytes | None:
+        if self._startups is None or self._shares is None:
+            return None
+        manifest = self._shares.startup_list(name, proven=proven)
+        return self._startups.told(manifest, domain) if manifest is not None else None
 
     def holds(self, digest: bytes) -> bool:
         """Whether the DHT may answer that this host has a document or chunk: it is here, and every peer may have it."""

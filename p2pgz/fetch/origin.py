@@ -38,6 +38,8 @@ class Origin:
     """every chunk on its way: queued or being fetched"""
     wanted: dict[int, Priority] = field(default_factory=dict)
     """the queued ones"""
+    listed: set[int] = field(default_factory=set)
+    """those of a start-up list that is being fetched: their neighbours are on it, or are not needed"""
     requested: int = 0
     received_bytes: int = 0
 

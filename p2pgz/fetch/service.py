@@ -22,7 +22,7 @@ from p2pgz.fetch.dispatch import Lane
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.limiter import RateLimiter
 from p2pgz.fetch.origin import Origin
-from p2pgz.fetch.race import Race
+from p2pgz.fetch.race import Race, swarm_of
 from p2pgz.fetch.streamed import Streams
 from p2pgz.fetch.trace import POOL
 from p2pgz.pool.pool import Pool, Segment
@@ -56,6 +56,7 @@ class ChunkFetcher:
         self._links: dict[str, LinkEstimate] = {}
         self.counters = Counters()
         self.trace = self.counters.trace
+        self._peers = peers
         self._race: Race | None = None
         if peers is not None:
             self._race = Race(
@@ -138,13 +139,23 @@ class ChunkFetcher:
 
         What nobody waits for is refused with PoolFull while it would push out what somebody has read.
         """
+        for flight in self.begin(segment, chunks, priority):
+            await flight.wait()
+
+    def begin(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> list[Flight]:
+        """The same without waiting: the flights of those chunks that are not in the overflow."""
         chunks = [n for n in chunks if self._pool.unkept(segment, n) is None]
         if not chunks:
-            return
+            return []
         if priority >= Priority.START_UP and not self._pool.has_slack:
             raise PoolFull("the pool has no room for what nobody waits for", hint="raise pool.quota_bytes")
-        for flight in self._start(segment, chunks, priority):
-            await flight.wait()
+        return self._start(segment, chunks, priority)
+
+    def at_peers(self, origin: Origin) -> Callable[[int], bool]:
+        """Whether some connected peer says it has a chunk. May be asked in a thread."""
+        swarm = swarm_of(origin)
+        holders = self._peers.swarm_holders(swarm) if self._peers is not None and swarm is not None else ()
+        return lambda n: any(holder.has(n) for holder in holders)
 
     def _start(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> list[Flight]:
         origin = self._origins.get(_key(segment))
@@ -155,7 +166,7 @@ class ChunkFetcher:
         if origin.refused is not None:
             raise type(origin.refused)(origin.refused.what, hint=origin.refused.hint)
         deadline = trio.current_time() + self._read_deadline_seconds
-        local = [n for n in chunks if n not in origin.flights and self._is_local(origin, n)]
+        local = [n for n in chunks if n not in origin.flights and self.is_local(origin, n)]
         flights = []
         if local:
             for n in local:
@@ -212,7 +223,7 @@ class ChunkFetcher:
         if missing:
             self._start(segment, missing, Priority.READ_AHEAD)
 
-    def _is_local(self, origin: Origin, n: int) -> bool:
+    def is_local(self, origin: Origin, n: int) -> bool:
         """Whether the pool may have the bytes: recorded before this boot, elsewhere in the pool, or zeros."""
         segment = origin.segment
         return (

@@ -20,6 +20,7 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.sharing import Mode, Policy, document_name, image_secret, private_domain, swarm_name
+from p2pgz.core.startup import name_of
 from p2pgz.errors import ImageInvalid
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool, Segment
@@ -109,6 +110,8 @@ class Shares:
         self._closed_segments: dict[bytes, _Closed] = {}
         self._closed_documents: dict[bytes, _Closed] = {}
         self._images: dict[str, ImageFile] = {}
+        self._lists: dict[tuple[bytes, bool], Digest] = {}
+        """manifests by the names of their start-up lists, and whether these are for provers only"""
         self._written: dict[str, ImageFile] = {}
 
     # --- where an image belongs
@@ -201,6 +204,7 @@ class Shares:
             table.clear()
         for closed in (self._closed_segments, self._closed_documents):
             closed.clear()
+        self._lists.clear()
         for name, document in documents.items():
             image = self._images[name]
             if document is None:
@@ -242,6 +246,9 @@ class Shares:
     def _enter(self, image: ImageFile, place: Place) -> None:
         segments = [Digest.parse(text) for text in image.segments]
         documents = [Digest.parse(text) for text in image.documents]
+        list_name = name_of(place.manifest)
+        if place.mode is not Mode.NONE:
+            self._lists[list_name.raw, place.mode is Mode.PROOF] = place.manifest
         if place.mode is Mode.CLUSTER:
             documents += [place.manifest, *(Digest.parse(text) for text in image.indexes)]
             new = [digest for digest in documents if digest.raw not in self._open_documents]
@@ -257,6 +264,8 @@ class Shares:
             for digest in documents:
                 closed = _Closed(secret, place.domain, digest)
                 self._closed_documents[document_name(secret, digest.raw)] = closed
+            listed = _Closed(secret, place.domain, list_name)
+            self._closed_documents[document_name(secret, list_name.raw)] = listed
             own = _Closed(secret, place.manifest_domain, place.manifest)
             self._closed_documents[document_name(secret, place.manifest.raw)] = own
 
@@ -277,6 +286,10 @@ class Shares:
     def is_open_document(self, digest: bytes) -> bool:
         """Whether every peer may have this TOC, manifest or config."""
         return digest in self._open_documents
+
+    def startup_list(self, name: bytes, *, proven: bool = False) -> Digest | None:
+        """The manifest of the image whose start-up list has this name, if every peer may have it, or provers may."""
+        return self._lists.get((name, proven))
 
     def secret(self, name: bytes) -> bytes | None:
         """The secret of the image that has a swarm or document of this name."""

@@ -20,7 +20,7 @@ from p2pgz.image.erofs import FORMAT_VERSION, write_metadata
 from p2pgz.image.opened import OpenImage
 from p2pgz.mount.hosting import ErofsPart
 from p2pgz.mount.segment_client import SegmentClient
-from p2pgz.mount.session import Ensure, FsSession, SessionOptions
+from p2pgz.mount.session import Ensure, FsSession, Observe, SessionOptions
 from p2pgz.mount.umount import EROFS_SUFFIX
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool
@@ -106,13 +106,15 @@ class ErofsMode:
             log.warning("erofs.result_not_kept", reason=str(error))
         return Decision(tested.passed, tested.reason)
 
-    async def start(self, image: OpenImage, options: SessionOptions, ensure: Ensure) -> FsSession:
+    async def start(
+        self, image: OpenImage, options: SessionOptions, ensure: Ensure, observe: Observe
+    ) -> FsSession:
         """Mount an image; raises StateError when EROFS cannot express it, MountUnavailable when the kernel refuses."""
         metadata_path = await self._metadata(image)
         native = await self._mark_native(image.segments)
         complete = len(native) == len(image.segments)
         opening = ErofsPart(os.fsencode(metadata_path), native, complete)
-        return await self._client.start_session(opening, options, ensure)
+        return await self._client.start_session(opening, options, ensure, observe)
 
     async def _metadata(self, image: OpenImage) -> Path:
         """The EROFS file of an image's tree, written when it is needed for the first time."""

@@ -20,7 +20,7 @@ import trio
 from p2pgz import __version__
 from p2pgz.config import FetchConfig
 from p2pgz.errors import ImageNotFound, MountUnavailable, P2pgzError, StateError
-from p2pgz.fetch.background import fill, prefetch
+from p2pgz.fetch.background import fill
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
 from p2pgz.mount.records import MountDocument, MountOptions, from_record, to_record
@@ -129,6 +129,7 @@ class Mounts:
             options=served.options,
             mode=served.mode,
             mode_reason=served.mode_reason,
+            startup=served.startup,
             session=session,
             claimed=attached,
         )
@@ -147,8 +148,8 @@ class Mounts:
         """Owns everything that runs for one mount, until it has ended."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._expect_claim, mounted)
-            for segment, end in mounted.image.prefetch:
-                nursery.start_soon(prefetch, self._fetcher, segment, end)
+            if mounted.startup is not None:
+                nursery.start_soon(mounted.startup.run)
             if mounted.options.fill:
                 delay = self.config.fill_delay_seconds
 
@@ -378,6 +379,7 @@ class Mounts:
             "bytes": total,
             "present_bytes": present,
             "state": "complete" if present >= total else "lazy",
+            "startup": mounted.startup.status() if mounted.startup is not None else None,
             "persist": mounted.options.persist,
             "pid": mounted.session.pid,
             "restarts": mounted.restarts,

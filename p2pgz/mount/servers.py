@@ -26,6 +26,7 @@ from p2pgz.mount.held import HolderClient
 from p2pgz.mount.kernel import can_resend, no_resend
 from p2pgz.mount.records import MountOptions
 from p2pgz.mount.session import Ensure, FsHost, FsSession, SegmentFiles, SessionOptions
+from p2pgz.mount.startup import ImageStartUp, StartUps
 from p2pgz.mount.umount import check_mount_point, clear_dead_mount
 from p2pgz.pool.segment import Segment
 
@@ -48,6 +49,8 @@ class Served:
     mode: str = TREE
     mode_reason: str = ""
     """why it is tree mode"""
+    startup: ImageStartUp | None = None
+    """set when it is first served"""
 
 
 class Servers:
@@ -61,6 +64,7 @@ class Servers:
         *,
         read_deadline_seconds: float,
         resend: bool,
+        startups: StartUps,
         erofs: ErofsMode | None = None,
     ) -> None:
         self._host = host
@@ -68,13 +72,15 @@ class Servers:
         self._fetcher = fetcher
         self._read_deadline_seconds = read_deadline_seconds
         self._resend = resend
+        self._startups = startups
         self._erofs = erofs
         self._rosters = [host.roster] if erofs is None else [host.roster, erofs.roster]
 
     async def start(self, served: Served, *, resume: bool = False, resend: bool = True) -> FsSession:
         """A process for a new mount, or with `resume` for one that the holder keeps."""
+        startup = self._begin(served, record=not resume)
         if not resume:
-            session = await self._start_erofs(served)
+            session = await self._start_erofs(served, startup)
             if session is not None:
                 return session
         await self._holder.ensure()
@@ -91,12 +97,19 @@ class Servers:
             read_deadline_seconds=self._read_deadline_seconds,
             holder_path=self._holder.path,
             hold_id=served.id,
+            observe=startup.records,
             resume=resume,
             resend=resend,
         )
-        return await self._host.start_session(options, self._ensure(served.image))
+        return await self._host.start_session(options, self._ensure(served.image), startup.observe)
 
-    async def _start_erofs(self, served: Served) -> FsSession | None:
+    def _begin(self, served: Served, *, record: bool) -> ImageStartUp:
+        """The start of its image, begun once for each mount."""
+        if served.startup is None:
+            served.startup = self._startups.begin(served.image, record=record)
+        return served.startup
+
+    async def _start_erofs(self, served: Served, startup: ImageStartUp) -> FsSession | None:
         """The mount in erofs mode; None when it is to be tree mode."""
         if self._erofs is None:
             return None
@@ -113,10 +126,13 @@ class Servers:
             dev=served.options.dev,
             context=served.options.context,
             read_deadline_seconds=self._read_deadline_seconds,
+            observe=startup.records,
             hold_id=served.id,
         )
         try:
-            session = await self._erofs.start(served.image, options, self._ensure(served.image))
+            session = await self._erofs.start(
+                served.image, options, self._ensure(served.image), startup.observe
+            )
         except P2pgzError as error:
             if wanted == EROFS:
                 raise
@@ -129,6 +145,7 @@ class Servers:
     async def reattach(self, served: Served, socket_path: Path) -> FsSession:
         """Take over a process of an earlier node; raises MountUnavailable when it cannot go on."""
         await self._holder.ensure()
+        self._begin(served, record=False)
         files = segment_files(served.image)
 
         async def adopt(options: SessionOptions) -> Sequence[SegmentFiles]:

@@ -29,6 +29,7 @@ from p2pgz.image.opened import OpenImage
 from p2pgz.image.tags import LOOK_UP_SECONDS
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
+from p2pgz.mount.startup import StartUps
 from p2pgz.node.peering import NO_PEERS, Peering
 from p2pgz.node.questions import Questions
 from p2pgz.node.seeding import Seeder
@@ -79,6 +80,7 @@ class Node:
         sources: Sources,
         peering: Peering | None,
         upkeep: Upkeep,
+        startups: StartUps,
         nursery: trio.Nursery,
     ) -> None:
         self._config = config
@@ -89,6 +91,7 @@ class Node:
         self._sources = sources
         self._peering = peering
         self._upkeep = upkeep
+        self._startups = startups
         self._nursery = nursery
         self.questions = Questions(fetcher, mounts, peering, has_dht=config.peers.dht)
         self.platform = Platform.for_machine(os.uname().machine)
@@ -294,6 +297,12 @@ class Node:
         digest = Digest.parse(request.digest)
         async with self._in_use():
             yield await files.read_digest(self._pool, self._fetcher, digest)
+
+    async def startup_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
+        """The files that start an image, in the order in which they are read."""
+        async with self._in_use():
+            image = await self.open_image(request, progress)
+            return await self._startups.begin(image, record=False).files()
 
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]:
         """Hash everything of an image again."""

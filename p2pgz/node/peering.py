@@ -27,6 +27,7 @@ from p2pgz.fetch.discovery import DiscoveringPeers, Discovery
 from p2pgz.fetch.indexes import INDEXES, PlainIndexes
 from p2pgz.fetch.offers import PoolOffers
 from p2pgz.fetch.shares import Shares
+from p2pgz.fetch.startup import StartUpLists
 from p2pgz.p2p import indirect
 from p2pgz.p2p.addresses import OwnAddresses
 from p2pgz.p2p.alternatives import Alternatives
@@ -170,7 +171,7 @@ def warn_if_open(admission: Admission) -> None:
 
 @asynccontextmanager
 async def open_peering(
-    config: PeersConfig, pool: Pool, state_path: Path, shares: Shares
+    config: PeersConfig, pool: Pool, state_path: Path, shares: Shares, startups: StartUpLists | None
 ) -> AsyncIterator[Peering]:
     """Take part until the context ends; raises StateError when the port cannot be had, ConfigError for what is unusable."""
     identity = load_identity(state_path)
@@ -185,7 +186,7 @@ async def open_peering(
         await early[0].on_multistream(stream)
 
     async with _open_plane(
-        config, credentials, PoolOffers(pool, shares, indexes), uploads, on_multistream
+        config, credentials, PoolOffers(pool, shares, indexes, startups), uploads, on_multistream
     ) as plane:
         own = OwnAddresses(
             plane.addresses,

@@ -18,6 +18,7 @@ from p2pgz.config import Config
 from p2pgz.directories import boot_id, prepare_directories
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Shares
+from p2pgz.fetch.startup import StartUpLists
 from p2pgz.image.open import TREES, ImageOpener
 from p2pgz.mount.erofs_mode import ErofsMode
 from p2pgz.mount.held import HolderClient
@@ -25,6 +26,7 @@ from p2pgz.mount.mounts import Mounts
 from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
+from p2pgz.mount.startup import StartUps
 from p2pgz.mount.users import SegmentUsers
 from p2pgz.node.live import LiveSettings, Read, policy_of
 from p2pgz.node.node import Node
@@ -55,10 +57,15 @@ async def open_node(
         )
         shares = Shares(policy_of(config.sharing), state_path)
         await shares.load(pool)
+        lists = StartUpLists(state_path) if config.fetch.startup_list else None
         peering = None
         if takes_part(config.peers, ephemeral=ephemeral):
-            peering = await stack.enter_async_context(open_peering(config.peers, pool, state_path, shares))
+            peering = await stack.enter_async_context(
+                open_peering(config.peers, pool, state_path, shares, lists)
+            )
         peers = peering.peers if peering is not None else None
+        if lists is not None:
+            lists.peers = peers
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         holder = await stack.enter_async_context(
@@ -79,18 +86,20 @@ async def open_node(
         opener = ImageOpener(pool, fetcher, state_path, peers, shares=shares, plain=plain)
         segments = await stack.enter_async_context(SegmentClient.open(run_path))
         erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
+        startups = StartUps(fetcher, pool, lists)
         servers = Servers(
             host,
             holder,
             fetcher,
             read_deadline_seconds=config.fetch.read_deadline_seconds,
             resend=config.mount.resend,
+            startups=startups,
             erofs=erofs,
         )
         mounts = Mounts(servers, pool.catalog, fetcher, nursery, config.fetch, boot_id())
         upkeep = Upkeep(config.pool, pool, fetcher, SegmentUsers(mounts, servers))
         sources = Sources(config.registry, stack)
-        node = Node(config, pool, fetcher, opener, mounts, sources, peering, upkeep, nursery)
+        node = Node(config, pool, fetcher, opener, mounts, sources, peering, upkeep, startups, nursery)
         node.live = LiveSettings(
             config,
             node=node,

@@ -139,6 +139,8 @@ class Control(Protocol):
 
     def read_digest(self, request: GetRequest, warn: Warn) -> AsyncIterator[Buffer]: ...
 
+    async def startup_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]: ...
+
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]: ...
 
     async def pool_gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]: ...
@@ -170,6 +172,7 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/mounts/wait", partial(events, control.wait_mount, WaitRequest), methods=["POST"]),
             Route("/v1/upgrade", partial(events, control.upgrade, UpgradeRequest), methods=["POST"]),
             Route("/v1/files", partial(events, control.list_files, MountRequest), methods=["POST"]),
+            Route("/v1/startup", partial(events, control.startup_files, MountRequest), methods=["POST"]),
             Route("/v1/verify", partial(events, control.verify, VerifyRequest), methods=["POST"]),
             Route("/v1/pool/gc", partial(events, control.pool_gc, GcRequest), methods=["POST"]),
             Route("/v1/pool/scrub", partial(events, control.pool_scrub, ScrubRequest), methods=["POST"]),

@@ -239,6 +239,7 @@ def status_fields() -> set[str]:
         ("p2p/exchange.py", "status", "peers[]."),
         ("p2p/exchange.py", "faulty_peers", "node.faulty_peers[]."),
         ("node/seeds.py", "status", "seeds[]."),
+        ("mount/startup.py", "status", "mounts[].startup."),
     )
     for name, function, prefix in makers:
         for node in ast.walk(ast.parse((ROOT / "p2pgz" / name).read_text("utf-8"))):
