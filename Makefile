@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills crashpoints lint format coverage wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills crashpoints soak lint format coverage wheel-test docs lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -39,6 +39,12 @@ kills:
 crashpoints:
 	@.ci/setup test
 	@.venv/bin/python -m tests.unit.pool.crash_points $(ARGS)
+
+# Half an hour of mixed load with random faults; memory, descriptors and tasks may not grow. One line of JSON.
+# make soak ARGS="--minutes 3"
+soak:
+	@.ci/setup test
+	@.venv/bin/python -m tests.e2e.restart.soak $(ARGS)
 
 lint:
 	@.ci/setup test

@@ -38,6 +38,7 @@ from p2pgz.pool.catalog import MountRecord
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.lazy import LazySource
 from p2pgz.registry.sources import Sources
+from p2pgz.telemetry import process
 from p2pgz.web import unix
 from p2pgz.web.api import (
     GcRequest,
@@ -124,6 +125,7 @@ class Node:
                 "uptime_seconds": time.monotonic() - self._started,
                 "version": __version__,
                 "pid": os.getpid(),
+                **process.figures(),
             },
             "peers": self._peering.exchange.status() if self._peering is not None else [],
             "config": self.live.status(),

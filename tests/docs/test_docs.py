@@ -236,6 +236,7 @@ def status_fields() -> set[str]:
         ("node/node.py", "_pool_status", "pool."),
         ("node/peering.py", "status", "node."),
         ("node/live.py", "status", "config."),
+        ("telemetry/process.py", "figures", "node."),
         ("p2p/exchange.py", "status", "peers[]."),
         ("p2p/exchange.py", "faulty_peers", "node.faulty_peers[]."),
         ("node/seeds.py", "status", "seeds[]."),
