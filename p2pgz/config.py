@@ -136,6 +136,8 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     background pays for it; 0: none"""
     upload_bytes_per_second: NonNegative = 0
     """limit of what is given to peers; 0: none"""
+    connections: Positive = 128
+    """most connections to peers at a time; beyond, an idle one makes room, and when none is idle the new one is refused"""
     upload_slots: Positive = 16
     """peers that are sent to at a time; others wait their turn or are sent elsewhere"""
 

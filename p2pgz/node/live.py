@@ -23,6 +23,7 @@ from p2pgz.fetch.shares import Shares
 from p2pgz.mount.mounts import Mounts
 from p2pgz.node.node import Node
 from p2pgz.node.peering import Peering, read_admission
+from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
 from p2pgz.telemetry.log import set_level
@@ -48,6 +49,7 @@ AT_ONCE: Final = frozenset(
         "peers.allow",
         "peers.upload_bytes_per_second",
         "peers.upload_slots",
+        "peers.connections",
         "sharing",
     }
 )
@@ -163,6 +165,7 @@ class LiveSettings:
         peering.exchange.uploads.limit(
             bytes_per_second=peers.upload_bytes_per_second, slots=peers.upload_slots
         )
+        peering.exchange.budget.limit = connections_within(raise_descriptor_limit(), peers.connections)
         if "peers.announce" in changed:
             peering.own.configure(prepared.announce)
         if "peers.bootstrap" in changed:

@@ -32,9 +32,11 @@ from p2pgz.p2p import indirect
 from p2pgz.p2p.addresses import OwnAddresses
 from p2pgz.p2p.alternatives import Alternatives
 from p2pgz.p2p.bootstrap import Bootstrapper
+from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials, Ourselves
 from p2pgz.p2p.identity import Identity, load_identity
+from p2pgz.p2p.leaving import drain, readmit
 from p2pgz.p2p.mdns import Mdns
 from p2pgz.p2p.plane import ChunkPlane, open_plane
 from p2pgz.p2p.remembered import RememberedPeers
@@ -60,6 +62,9 @@ NO_PEERS: Final[dict[str, Any]] = {
     "faulty_peers": [],
     "identity_twins": 0,
     "busy_answers": 0,
+    "connections_max": 0,
+    "connections_refused": 0,
+    "connections_closed": 0,
 }
 """the status of a node that has none"""
 
@@ -102,6 +107,9 @@ class Peering:
             "faulty_peers": self.exchange.faulty_peers(),
             "identity_twins": self.exchange.dialler.twins,
             "busy_answers": self.exchange.uploads.busy,
+            "connections_max": self.exchange.budget.limit,
+            "connections_refused": self.exchange.budget.refused,
+            "connections_closed": self.exchange.budget.closed,
         }
 
     def dht_is(self, dht: Dht | None) -> None:
@@ -114,14 +122,14 @@ class Peering:
         self.exchange.admission.adopt(admission)
         log.info("peers.readmitted", open=admission.open)
         warn_if_open(admission)
-        await self.exchange.readmit()
+        await readmit(self.exchange)
         if self.dht is not None and not admission.open:
             await self.dht.readmit()
 
     async def drain(self) -> None:
         """Accept nobody any more, offer nothing, and let what is on its way to peers arrive."""
         self._listener.stop()
-        await self.exchange.drain(DRAIN_SECONDS)
+        await drain(self.exchange, DRAIN_SECONDS)
 
     async def on_multistream(self, stream: trio.SocketStream) -> None:
         """A libp2p connection."""
@@ -203,6 +211,7 @@ async def open_peering(
         announcing = Announcing(
             pool, shares, provide_chunks=config.provide == "chunk", layer_names=layer_names
         )
+        plane.exchange.budget.limit = connections_within(raise_descriptor_limit(), config.connections)
         discovery = Discovery(plane.exchange, pool, shares, announcing)
         uploads.alternatives = Alternatives(plane.exchange, discovery.addresses_of)
 

@@ -40,6 +40,11 @@ class Bitmaps:
     def __bool__(self) -> bool:
         return bool(self._told)
 
+    @property
+    def any(self) -> bool:
+        """Whether the peer says that it has anything of what we follow."""
+        return any(any(told.bits) for told in self._told.values())
+
     def follow(self, swarm: bytes, secret: bytes = b"") -> bool:
         """Whether the peer is to be asked (not followed yet). With a secret, it has to prove that it knows it, too."""
         if swarm in self._told or len(self._told) >= FOLLOWED_MAX or (secret and self._proofs is None):

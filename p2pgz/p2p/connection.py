@@ -188,14 +188,19 @@ class Connection(Asking):
         self._end(error, fault)
 
     @property
+    def used_at(self) -> float:
+        """When either end last asked for something."""
+        return self._used_at
+
+    def retire(self, nursery: trio.Nursery) -> None:
+        """It makes room for another one: nothing is asked any more, and the peer is told."""
+        self._leaving = True
+        nursery.start_soon(self.close, GoodbyeReason.TOO_MANY)
+
+    @property
     def is_sending(self) -> bool:
         """Whether the peer still gets something that it was promised."""
         return bool(self.serving.queue or self._documents_out)
-
-    def withdraw(self) -> None:
-        """Say that we have nothing any more, so that the peer asks others."""
-        with contextlib.suppress(PeerFault):
-            self.serving.withdraw()
 
     async def close(self, reason: GoodbyeReason = GoodbyeReason.LEAVING) -> None:
         """Tell the peer and end it, within a second."""

@@ -17,7 +17,6 @@ from typing import Any, Final
 import structlog
 import trio
 
-from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
 from p2pgz.core.hello import Refused
 from p2pgz.core.messages import GoodbyeReason
@@ -26,6 +25,7 @@ from p2pgz.core.ports import Holder, Landed, PeerAnswer
 from p2pgz.core.standing import Fault, Standing
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
 from p2pgz.p2p.asking import PeerBusy
+from p2pgz.p2p.budget import Budget
 from p2pgz.p2p.connection import Connection
 from p2pgz.p2p.dialling import Dialler
 from p2pgz.p2p.handshake import Credentials, Handshaken, accept, say_goodbye
@@ -34,13 +34,10 @@ from p2pgz.p2p.uploads import Uploads
 
 log = structlog.get_logger(component="peers")
 
-# design, section 6: the connection budget of the chunk plane
-CONNECTIONS_MAX: Final = 128
 # both ends may dial at once, and a restarted peer comes before we notice that it was gone
 PER_PEER_MAX: Final = 4
 ACCEPT_SECONDS: Final = 10.0
 HANDSHAKES_MAX: Final = 64
-DRAIN_LOOK_SECONDS: Final = 0.02
 # A document is small or rare: three peers at a time find one quickly and cost little when none has it
 DOCUMENT_ASKS_AT_ONCE: Final = 3
 DOCUMENT_SECONDS: Final = 5.0
@@ -69,7 +66,9 @@ class Exchange:
         self._followed: dict[bytes, int] = {}
         self._secrets: dict[bytes, bytes] = {}
         self._handshakes = 0
+        self.admission = credentials.admission
         self.standing = Standing()
+        self.budget = Budget()
         self.dialler = Dialler(credentials, self.standing, nursery, self.connection, self._adopt)
         self.chunks = self.bytes = self._dropped_bytes = 0
 
@@ -129,7 +128,7 @@ class Exchange:
             return
         finally:
             self._handshakes -= 1
-        refusal = self._refusal(ends.peer)
+        refusal = self._refusal(ends.peer, dialled=False)
         if refusal is not None:
             await say_goodbye(ends.stream, refusal)
             await trio.aclose_forcefully(raw)
@@ -144,7 +143,7 @@ class Exchange:
 
     def _adopt(self, ends: Handshaken) -> Connection:
         """Take over a connection that was dialled; the caller closes it when it is refused."""
-        refusal = self._refusal(ends.peer)
+        refusal = self._refusal(ends.peer, dialled=True)
         if refusal is not None:
             raise SourceUnavailable(f"peer {ends.peer} is not connected to: {refusal.name.lower()}")
         self.standing.reached(ends.peer)
@@ -152,12 +151,17 @@ class Exchange:
         self._nursery.start_soon(self._run, connection)
         return connection
 
-    def _refusal(self, peer: PeerId) -> GoodbyeReason | None:
+    def _refusal(self, peer: PeerId, *, dialled: bool) -> GoodbyeReason | None:
         if self.standing.banned(peer, trio.current_time()):
             return GoodbyeReason.FAULT
-        total = sum(len(group) for group in self._connections.values())
-        if total >= CONNECTIONS_MAX or len(self._connections.get(peer, ())) >= PER_PEER_MAX:
+        if len(self._connections.get(peer, ())) >= PER_PEER_MAX:
             return GoodbyeReason.TOO_MANY
+        connections = self.connections()
+        if len(connections) >= self.budget.limit:
+            victim = self.budget.victim(connections, trio.current_time(), for_ourselves=dialled)
+            if victim is None:
+                return GoodbyeReason.TOO_MANY
+            victim.retire(self._nursery)
         return None
 
     def _add(self, ends: Handshaken) -> Connection:
@@ -179,27 +183,6 @@ class Exchange:
 
     def _note_fault(self, peer: PeerId, fault: Fault) -> None:
         self.standing.fault(peer, fault, trio.current_time())
-
-    @property
-    def admission(self) -> Admission:
-        """Who may take part."""
-        return self._credentials.admission
-
-    async def readmit(self) -> None:
-        """Our keys or our list have changed: who is not on it says hello, and shows what he knows, again."""
-        async with trio.open_nursery() as nursery:
-            for connection in self.connections():
-                if not self.admission.open and not self.admission.admits(connection.peer, ()):
-                    nursery.start_soon(connection.close)
-
-    async def drain(self, seconds: float) -> None:
-        """Offer nothing any more, and return when all that peers were promised has been sent, or time is up."""
-        self.uploads.leaving = True
-        for connection in self.connections():
-            connection.withdraw()
-        with trio.move_on_after(seconds):
-            while any(c.is_sending for c in self.connections()):  # noqa: ASYNC110  # many queues, no event for all
-                await trio.sleep(DRAIN_LOOK_SECONDS)
 
     async def _goodbye(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import resource
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -40,9 +41,10 @@ from p2pgz.core.standing import Fault
 from p2pgz.core.wire import HEADER
 from p2pgz.errors import ImageInvalid, P2pgzError, SourceUnavailable
 from p2pgz.fetch.shares import Shares
+from p2pgz.p2p import budget as budget_module
 from p2pgz.p2p import connection as connection_module
 from p2pgz.p2p import dialling as dialling_module
-from p2pgz.p2p import exchange as exchange_module
+from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.p2p.handshake import Credentials, Handshaken, dial
 from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.serving import REFUSALS_MAX
@@ -547,13 +549,49 @@ async def test_client_of_another_protocol_is_turned_away(tmp_path: Path) -> None
 
 
 async def test_no_more_connections_than_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "CONNECTIONS_MAX", 2)
-    async with open_peer(tmp_path / "a", LAYER) as a, raw(a), raw(a):
+    async with open_peer(tmp_path / "a", LAYER) as a, raw(a) as first, raw(a) as second:
+        a.exchange.budget.limit = 2
         await settled(lambda: len(a.exchange.connections()) == 2)
-        async with raw(a) as third:
+        async with raw(a) as third:  # the others have just come
             (frame,) = await hear(third, 1)
             assert isinstance(frame, Goodbye)
             assert frame.reason is GoodbyeReason.TOO_MANY
+        assert (a.exchange.budget.refused, a.exchange.budget.closed) == (1, 0)
+        monkeypatch.setattr(budget_module, "IDLE_FOR_OTHERS_SECONDS", 0.1)
+        await trio.sleep(0.15)
+        await say(second, Join(a.swarm), Want(1, 0, a.swarm, ((0, 1),)))
+        await hear(second, 2)
+        async with raw(a) as fourth:  # the one that is idle goes, the one that asks stays
+            (frame,) = await hear(first, 1)
+            assert isinstance(frame, Goodbye)
+            assert frame.reason is GoodbyeReason.TOO_MANY
+            await say(fourth, Want(1, 0, a.swarm, ((1, 1),)))
+            assert isinstance((await hear(fourth, 1))[0], Data)
+        assert (a.exchange.budget.refused, a.exchange.budget.closed) == (1, 1)
+
+
+async def test_a_peer_that_has_what_we_read_is_the_last_to_go(tmp_path: Path) -> None:
+    async with (
+        open_peer(tmp_path / "a", LAYER, chunks=()) as a,
+        open_peer(tmp_path / "b", LAYER) as useful,
+        open_peer(tmp_path / "c", LAYER, chunks=()) as useless,
+    ):
+        a.exchange.follow(a.swarm)
+        for peer in (useful, useless):
+            await a.exchange.connect("127.0.0.1", peer.port)
+        await settled(lambda: a.exchange.holders(a.swarm, 0))
+        connections, later = a.exchange.connections(), trio.current_time() + 60
+        victim = a.exchange.budget.victim(connections, later, for_ourselves=True)
+        assert victim is not None
+        assert victim.peer == useless.id
+
+
+async def test_connections_leave_descriptors_to_the_rest() -> None:
+    assert connections_within(20_000, 128) == 128
+    assert connections_within(700, 128) == 60
+    assert connections_within(256, 128) == 8
+    most = raise_descriptor_limit()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most
 
 
 async def test_busy_peer_names_others_and_says_when_to_ask_again(
