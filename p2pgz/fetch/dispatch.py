@@ -22,7 +22,7 @@ from p2pgz.errors import ChunkCorrupt, P2pgzError, SourceUnavailable
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.from_registry import Outcomes, fetch_range
-from p2pgz.fetch.limiter import RateLimiter
+from p2pgz.fetch.limiter import Rates
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.pool import Pool
@@ -49,14 +49,16 @@ class Lane:
         trace: Trace,
         *,
         connections: int,
-        fill_limiter: RateLimiter,
+        rates: Rates,
+        is_remote: bool,
     ) -> None:
         self._pool = pool
         self._nursery = nursery
         self._counters = counters
         self._trace = trace
         self._connections = connections
-        self._fill_limiter = fill_limiter
+        self._rates = rates
+        self._is_remote = is_remote
         self._queue: list[
             tuple[int, int, int, Origin]
         ] = []  # (class, order of arrival, chunk, origin); stale entries stay
@@ -171,11 +173,18 @@ class Lane:
                 else:
                     self._end(origin, flight, error)
 
+        def is_wanted(least: Priority) -> bool:
+            return any(
+                flight.priority <= least for n in remaining if (flight := origin.flights.get(n)) is not None
+            )
+
         async def pace(count: int) -> None:
+            if self._is_remote:
+                await self._rates.registry.take(count, lambda: is_wanted(Priority.BLOCKED_READ))
             if priority <= Priority.READ_AHEAD:
                 return
             if priority is Priority.FILL:
-                await self._fill_limiter.take(count)
+                await self._rates.fill.take(count, lambda: is_wanted(Priority.START_UP))
             while not self._calm.is_set() and all(
                 flight.priority >= Priority.START_UP for n in remaining if (flight := origin.flights.get(n))
             ):

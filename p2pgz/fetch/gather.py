@@ -29,6 +29,7 @@ from p2pgz.core.schedule import Priority
 from p2pgz.core.verify import VerifiedChunk, verify
 from p2pgz.errors import ChunkCorrupt, ChunkMissing, ImageInvalid, P2pgzError, PoolFull, SourceUnavailable
 from p2pgz.fetch.counters import Counters
+from p2pgz.fetch.limiter import Throttle
 from p2pgz.fetch.plain import Progress
 from p2pgz.fetch.spool import numbered_chunks, write_at
 from p2pgz.fetch.trace import POOL, Kind, Source
@@ -60,11 +61,18 @@ class Gathering:
     """The chunks of one layer; `toc` is named as its segment and swarm are."""
 
     def __init__(
-        self, pool: Pool, peers: PeerSource, counters: Counters, toc: Toc, layout: SegmentLayout
+        self,
+        pool: Pool,
+        peers: PeerSource,
+        counters: Counters,
+        toc: Toc,
+        layout: SegmentLayout,
+        rate: Throttle | None = None,
     ) -> None:
         self._pool = pool
         self._peers = peers
         self._counters = counters
+        self._rate = rate or Throttle()
         self._swarm = toc.digest.raw
         self._table = SegmentTable(layout.to_bytes())
         self._order = [n for n, _ in numbered_chunks(toc)]
@@ -230,6 +238,7 @@ class Gathering:
                 nursery.cancel_scope.cancel()
                 return
             self._counters.from_peers(chunk for _, chunk in good)
+            self._rate.charge(sum(len(chunk) for _, chunk in good))
 
         async def ask(peer: PeerId, chunks: list[int]) -> None:
             try:

@@ -34,6 +34,7 @@ from p2pgz.errors import ChunkCorrupt, ImageInvalid, PeerFault
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.gather import Gathering, PeersGaveUp
 from p2pgz.fetch.indexes import PlainIndexes
+from p2pgz.fetch.limiter import Throttle
 from p2pgz.fetch.plain import Progress
 from p2pgz.fetch.spool import move_into_pool, open_spool
 from p2pgz.pool.pool import Pool
@@ -96,12 +97,14 @@ class PlainShare:
         *,
         verify: indexclaim.Verify,
         trusted: Iterable[PeerId] = (),
+        rate: Throttle | None = None,
     ) -> None:
         self._pool = pool
         self._peers = peers
         self._indexes = indexes
         self._counters = counters
         self._spool_dir = spool_dir
+        self._rate = rate
         self._verify = verify
         self._trusted = set(trusted)
         self._parsing = trio.CapacityLimiter(INDEXES_AT_ONCE)
@@ -210,7 +213,7 @@ class PlainShare:
         layer = await _laid_out(index, candidate.document, data)
         if self._indexes.is_lie(layer.toc.digest):
             return None
-        gathering = Gathering(self._pool, self._peers, self._counters, layer.toc, layer.layout)
+        gathering = self._gathering(layer)
         segment = await self._pool.open_segment(layer.layout, _meta(descriptor))
         await self._indexes.keep(index, segment.id, data, makers=candidate.makers, checked=False)
         async with gathering.following():
@@ -232,7 +235,7 @@ class PlainShare:
     ) -> SharedLayer | None:
         """Gather all chunks, and make a segment of them if they are the layer."""
         layer = await _laid_out(index, candidate.document, data)
-        gathering = Gathering(self._pool, self._peers, self._counters, layer.toc, layer.layout)
+        gathering = self._gathering(layer)
         free_bytes = await trio.to_thread.run_sync(_free_bytes, self._spool_dir)
         if gathering.total_bytes * DISK_COPIES > free_bytes:
             raise PeersGaveUp(f"no room to put {gathering.total_bytes} bytes together")
@@ -258,6 +261,9 @@ class PlainShare:
             document=document,
             data=data,
         )
+
+    def _gathering(self, layer: SharedLayer) -> Gathering:
+        return Gathering(self._pool, self._peers, self._counters, layer.toc, layer.layout, self._rate)
 
     def _blame(self, candidate: _Candidate, error: ImageInvalid) -> None:
         """All who told of it: an honest node tells only what it has checked against the whole stream."""

@@ -22,6 +22,7 @@ from p2pgz.core.sharing import swarm_name
 from p2pgz.fetch.chase import Chase
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.flights import Flight
+from p2pgz.fetch.limiter import Rates
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.pool import Pool
@@ -51,6 +52,7 @@ class Race:
         counters: Counters,
         trace: Trace,
         to_source: ToSource,
+        rates: Rates | None = None,
     ) -> None:
         self.peers = peers
         self.pool = pool
@@ -58,6 +60,7 @@ class Race:
         self.to_source = to_source
         self.budget = HedgeBudget()
         self.busy_until: dict[PeerId, float] = {}
+        self.rates = rates or Rates.unlimited()
         self._nursery = nursery
         self._trace = trace
         self._latencies: dict[PeerId, Latencies] = {}
@@ -140,7 +143,21 @@ class Race:
             for batch in _batches(share, sizes):
                 for n in batch:
                     origin.flights[n].chased = True
-                self._nursery.start_soon(Chase(self, origin, swarm, batch, peer).run)
+                self._nursery.start_soon(self._chase, origin, swarm, batch, peer)
+
+    async def _chase(self, origin: Origin, swarm: bytes, batch: list[int], peer: PeerId) -> None:
+        """Ask once the rates allow it; what a reader waits for goes at once, however much is held back."""
+        count = sum(origin.segment.table.size[n] for n in batch)
+
+        def is_wanted(least: Priority) -> bool:
+            return any(
+                flight.priority <= least for n in batch if (flight := origin.flights.get(n)) is not None
+            )
+
+        if not is_wanted(Priority.START_UP):
+            await self.rates.fill.take(count, lambda: is_wanted(Priority.START_UP))
+        await self.rates.peers.take(count, lambda: is_wanted(Priority.BLOCKED_READ))
+        await Chase(self, origin, swarm, batch, peer).run()
 
     def latencies(self, peer: PeerId) -> Latencies:
         """What is known of a peer's speed."""

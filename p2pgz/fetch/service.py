@@ -20,7 +20,7 @@ from p2pgz.errors import ChunkMissing, P2pgzError, PoolFull
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.dispatch import Lane
 from p2pgz.fetch.flights import Flight
-from p2pgz.fetch.limiter import RateLimiter
+from p2pgz.fetch.limiter import Rates, Throttle
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.race import Race, swarm_of
 from p2pgz.fetch.streamed import Streams
@@ -31,6 +31,8 @@ log = structlog.get_logger(component="fetch")
 
 # A chunk that came and is evicted, or pushed out of memory, before its reader has it is fetched again
 SUPPLY_ATTEMPTS = 100
+# Layouts on this host's disk: no rate is for them
+LOCAL_SOURCES = ("oci:", "oci-archive:")
 
 
 class ChunkFetcher:
@@ -44,12 +46,18 @@ class ChunkFetcher:
         connections: int,
         fill_bytes_per_second: int,
         read_deadline_seconds: float,
+        registry_bytes_per_second: int = 0,
+        peers_bytes_per_second: int = 0,
         peers: PeerSource | None = None,
     ) -> None:
         self._pool = pool
         self._nursery = nursery
         self._connections = connections
-        self._fill_limiter = RateLimiter(fill_bytes_per_second)
+        self.rates = Rates(
+            fill=Throttle(fill_bytes_per_second),
+            registry=Throttle(registry_bytes_per_second),
+            peers=Throttle(peers_bytes_per_second),
+        )
         self._read_deadline_seconds = read_deadline_seconds
         self._origins: dict[tuple[str, Digest], Origin] = {}
         self._lanes: dict[str, Lane] = {}
@@ -66,6 +74,7 @@ class ChunkFetcher:
                 self.counters,
                 self.trace,
                 self._to_source,
+                self.rates,
             )
             nursery.start_soon(self._race.watch, self.origins)
         chase = self._race.offer_late if self._race is not None else None
@@ -82,10 +91,6 @@ class ChunkFetcher:
             return
         origin.link = self._links.setdefault(origin.source.name, origin.link)
         self._origins[_key(origin.segment)] = origin
-
-    def limit_fill(self, bytes_per_second: int) -> None:
-        """Another rate of the background fetch from now on."""
-        self._fill_limiter.bytes_per_second = bytes_per_second
 
     def refuse(self, segment: Segment, error: P2pgzError) -> None:
         """Let every further read of a segment fail: its index has turned out to be a lie."""
@@ -205,7 +210,8 @@ class ChunkFetcher:
                 self.counters,
                 self.trace,
                 connections=self._connections,
-                fill_limiter=self._fill_limiter,
+                rates=self.rates,
+                is_remote=not origin.source.name.startswith(LOCAL_SOURCES),
             )
         return lane
 

@@ -16,6 +16,7 @@ import trio
 from p2pgz.config import Config, PeersConfig, SharingRule, flatten
 from p2pgz.core.admission import Admission
 from p2pgz.core.multiaddress import PeerAddress
+from p2pgz.core.reference import Reference
 from p2pgz.core.sharing import Mode, Policy, Rule
 from p2pgz.errors import P2pgzError
 from p2pgz.fetch.service import ChunkFetcher
@@ -23,6 +24,7 @@ from p2pgz.fetch.shares import Shares
 from p2pgz.mount.mounts import Mounts
 from p2pgz.node.node import Node
 from p2pgz.node.peering import Peering, read_admission
+from p2pgz.node.seeding import configured_seeds
 from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
@@ -37,6 +39,7 @@ AT_ONCE: Final = frozenset(
         "registry.ca_file",
         "registry.hosts_dir",
         "registry.docker_config",
+        "registry.bytes_per_second",
         "fetch.fill",
         "fetch.fill_bytes_per_second",
         "fetch.fill_delay_seconds",
@@ -47,8 +50,12 @@ AT_ONCE: Final = frozenset(
         "peers.bootstrap",
         "peers.cluster_key_file",
         "peers.allow",
+        "peers.download_bytes_per_second",
         "peers.upload_bytes_per_second",
         "peers.upload_slots",
+        "seed.images",
+        "seed.watch_seconds",
+        "seed.bytes_per_second",
         "peers.connections",
         "sharing",
     }
@@ -67,6 +74,7 @@ class _Prepared(msgspec.Struct, frozen=True):
     """What is made of a configuration and may fail, made before anything is changed."""
 
     policy: Policy
+    seeds: list[Reference]
     admission: Admission
     bootstrap: list[PeerAddress]
     announce: list[PeerAddress]
@@ -146,9 +154,14 @@ class LiveSettings:
         self._sources.config = msgspec.structs.replace(
             new.registry, connections=self._started_with.registry.connections
         )
-        self._fetcher.limit_fill(new.fetch.fill_bytes_per_second)
+        self._fetcher.rates.limit(
+            fill=new.fetch.fill_bytes_per_second,
+            registry=new.registry.bytes_per_second,
+            peers=new.peers.download_bytes_per_second,
+        )
         if "sharing" in changed:
             await self._share(prepared.policy)
+        await self._node.seeds.adopt(new.seed)
         if self._peering is not None:
             await self._adopt_peers(self._peering, new.peers, prepared, changed)
 
@@ -179,6 +192,7 @@ def _prepare(config: Config) -> _Prepared:
     peers = config.peers
     return _Prepared(
         policy=policy_of(config.sharing),
+        seeds=configured_seeds(config.seed),
         admission=read_admission(peers),
         bootstrap=[PeerAddress.parse(text, where="peers.bootstrap") for text in peers.bootstrap],
         announce=[PeerAddress.parse(text, where="peers.announce") for text in peers.announce],

@@ -33,6 +33,7 @@ def share_plain_layers(
         fetcher.counters,
         state_path,
         verify=verify_signature,
+        rate=fetcher.rates.peers,
         trusted=[PeerId.parse(text) for text in config.trusted_indexers],
     )
     nursery.start_soon(SignedLayers(pool, peering.indexes, share, fetcher.refuse).run)

@@ -78,6 +78,8 @@ async def open_node(
             connections=config.registry.connections,
             fill_bytes_per_second=config.fetch.fill_bytes_per_second,
             read_deadline_seconds=config.fetch.read_deadline_seconds,
+            registry_bytes_per_second=config.registry.bytes_per_second,
+            peers_bytes_per_second=config.peers.download_bytes_per_second,
             peers=peers,
         )
         plain = None
@@ -98,7 +100,7 @@ async def open_node(
         )
         mounts = Mounts(servers, pool.catalog, fetcher, nursery, config.fetch, boot_id())
         upkeep = Upkeep(config.pool, pool, fetcher, SegmentUsers(mounts, servers))
-        sources = Sources(config.registry, stack)
+        sources = Sources(config.registry, stack, fetcher.rates.whole_blob)
         node = Node(config, pool, fetcher, opener, mounts, sources, peering, upkeep, startups, nursery)
         node.live = LiveSettings(
             config,

@@ -31,9 +31,9 @@ from p2pgz.core.seeding import (
     spread,
     unneeded,
 )
-from p2pgz.errors import ImageNotFound, P2pgzError, SourceUnavailable, UsageError
+from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, SourceUnavailable, UsageError
 from p2pgz.fetch.background import batches
-from p2pgz.fetch.limiter import RateLimiter
+from p2pgz.fetch.limiter import Throttle
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
 from p2pgz.image.opening import first_error
@@ -94,7 +94,7 @@ class Seeder:
         self._platform = platform
         self._persistent = False
         self._has_peers = has_peers
-        self._limiter = RateLimiter(config.bytes_per_second)
+        self._limiter = Throttle(config.bytes_per_second)
         self._at_once = trio.CapacityLimiter(SEEDS_AT_ONCE)
         self._seeds: dict[SeedKey, Seed] = {}
         self._nursery: trio.Nursery | None = None
@@ -110,19 +110,32 @@ class Seeder:
         """
         self._nursery = nursery
         self._persistent = persistent
-        configured = [self._key(parse_reference(text), "") for text in self._config.images]
-        if not persistent:
-            if configured or self._catalog.seeds():
-                log.info("seeds.not_now", effect="this node ends after its last mount: `p2pgz node` seeds")
-            return
+        if persistent:
+            await self._compare()
+        elif self._config.images or self._catalog.seeds():
+            log.info("seeds.not_now", effect="this node ends after its last mount: `p2pgz node` seeds")
+
+    async def adopt(self, config: SeedConfig) -> None:
+        """Go on with a changed configuration."""
+        self._config = config
+        self._limiter.bytes_per_second = config.bytes_per_second
+        if self._persistent:
+            await self._compare()
+
+    async def _compare(self) -> None:
+        """Begin what the configuration and the record name, and end what only the configuration of before has named."""
+        configured = [self._key(reference, "") for reference in configured_seeds(self._config)]
         recorded = {SeedKey(seed.reference, seed.platform): seed for seed in self._catalog.seeds()}
         start = at_start({key: seed.origin for key, seed in recorded.items()}, configured)
         for key in start.dropped:
             del recorded[key]
-            await self._forget(key)
-        for key, seed in recorded.items():
-            request = _recorded(seed)
-            self._begin(key, request, seed.origin, follows=request.watch or key in configured)
+            await self._end(key)
+        for key, record in recorded.items():
+            running = self._seeds.get(key)
+            request = _recorded(record) if running is None else running.request
+            follows = request.watch or key in configured
+            if running is None or running.follows != (follows and running.reference.digest is None):
+                self._begin(key, request, record.origin, follows=follows)
         for key in start.new:
             request = SeedRequest(reference=key.reference)
             await self._remember(key, request, FROM_CONFIG)
@@ -156,18 +169,14 @@ class Seeder:
         found = [key for key in self._seeds if key.reference == reference and platform in ("", key.platform)]
         if not found:
             raise ImageNotFound(f"{reference}: not seeded", hint="`p2pgz seed --list` shows the seeds")
-        configured = {self._key(parse_reference(text), "") for text in self._config.images}
+        configured = {self._key(reference, "") for reference in configured_seeds(self._config)}
         if kept := configured.intersection(found):
             raise UsageError(
                 f"{next(iter(kept)).reference}: is seeded because the configuration says so",
-                hint="take it out of seed.images and restart the node",
+                hint="take it out of seed.images, then send the node SIGHUP",
             )
         for key in found:
-            seed = self._seeds.pop(key)
-            seed.scope.cancel()
-            seed.tell()
-            await seed.ended.wait()  # what it may just be pinning is pinned by then
-            await self._forget(key)
+            await self._end(key)
         return {"removed": [key._asdict() for key in found]}
 
     # --- records
@@ -188,7 +197,12 @@ class Seeder:
             )
         )
 
-    async def _forget(self, key: SeedKey) -> None:
+    async def _end(self, key: SeedKey) -> None:
+        seed = self._seeds.pop(key, None)
+        if seed is not None:
+            seed.scope.cancel()
+            seed.tell()
+            await seed.ended.wait()  # what it may just be pinning is pinned by then
         for pin in self._catalog.pins(key.owner):
             await self._catalog.unpin(pin.manifest, owner=key.owner)
         await self._catalog.remove_seed(key.reference, key.platform)
@@ -345,6 +359,14 @@ class Seeder:
         if not self._has_peers:
             warnings.append("this node has no peers: nobody is given anything (peers.enabled)")
         return {**seed.status(), "seconds": trio.current_time() - begun, "warnings": warnings}
+
+
+def configured_seeds(config: SeedConfig) -> list[Reference]:
+    """`seed.images`; raises ConfigError for what is no reference."""
+    try:
+        return [parse_reference(text) for text in config.images]
+    except UsageError as error:
+        raise ConfigError(f"seed.images: {error.what}", hint=error.hint) from error
 
 
 def _recorded(seed: SeedRecord) -> SeedRequest:

@@ -16,17 +16,21 @@ from p2pgz.registry.layout import DirectoryFiles, LayoutSource
 from p2pgz.registry.layout_sink import LayoutSink, open_archive_sink
 from p2pgz.registry.options import RegistryOptions, RetryPolicy
 from p2pgz.registry.push import RegistrySink
-from p2pgz.registry.source import RegistrySource
+from p2pgz.registry.source import Pace, RegistrySource
 
 
 @asynccontextmanager
 async def open_source(
-    reference: Reference, options: RegistryOptions, *, retry: RetryPolicy | None = None
+    reference: Reference,
+    options: RegistryOptions,
+    *,
+    retry: RetryPolicy | None = None,
+    pace: Pace | None = None,
 ) -> AsyncIterator[RegistrySource | LayoutSource]:
     """Where the image of this reference is read from; for a registry nothing is asked yet."""
     if reference.transport == "registry":
         async with open_client(reference.host, reference.repository, options, retry) as client:
-            yield RegistrySource(client)
+            yield RegistrySource(client, pace)
     elif reference.transport == "oci":
         folder = Path(reference.path)
         if not folder.is_dir():

@@ -7,7 +7,7 @@ by the first alone), every answer's Content-Range is checked, and a body that br
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
 import structlog
@@ -36,14 +36,19 @@ MAX_SKIP_BYTES = (
     64 << 20
 )  # thrown away per request where a registry ignores ranges; beyond, the blob cannot be used lazily
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+Pace = Callable[[int], Awaitable[None]]
 _HEAD_UNKNOWN = frozenset({400, 405, 406, 501})  # registries that know no HEAD of manifests answer so
 
 
 class RegistrySource:
-    """The source of `open_source` for registry references."""
+    """The source of `open_source` for registry references.
 
-    def __init__(self, client: RegistryClient) -> None:
+    `pace` is awaited with the size of each piece of a blob that is read whole; who asks for ranges paces them.
+    """
+
+    def __init__(self, client: RegistryClient, pace: Pace | None = None) -> None:
         self._client = client
+        self._pace = pace
         self.name = client.name
 
     @property
@@ -140,12 +145,12 @@ class RegistrySource:
     async def _stream(self, descriptor: Descriptor, start: int, end: int) -> AsyncGenerator[bytes, None]:
         effort = self._client.effort()
         at = start
+        whole = start == 0 and end == descriptor.size
         while at < end:
-            whole = at == 0 and end == descriptor.size
             wish = Wish(
                 method="GET",
                 path=f"blobs/{descriptor.digest}",
-                headers={} if whole else {"Range": f"bytes={at}-{end - 1}"},
+                headers={} if whole and not at else {"Range": f"bytes={at}-{end - 1}"},
                 accepts=frozenset({200, 206, 416}),
                 storage_key=str(descriptor.digest),
             )
@@ -171,6 +176,8 @@ class RegistrySource:
                                 at += len(piece)
                                 effort.received_bytes += len(piece)
                                 yield piece
+                                if whole and self._pace is not None:
+                                    await self._pace(len(piece))
                             if at == end and response.status == 200:
                                 break
                     trouble = TroubleError(

@@ -13,7 +13,7 @@ from p2pgz.core.reference import Reference
 from p2pgz.registry.layout import LayoutSource
 from p2pgz.registry.opening import open_source
 from p2pgz.registry.options import RegistryOptions
-from p2pgz.registry.source import RegistrySource
+from p2pgz.registry.source import Pace, RegistrySource
 
 
 class Access(Protocol):
@@ -35,9 +35,10 @@ class Access(Protocol):
 class Sources:
     """The open registry clients: one for each way to a repository, kept for its connections and tokens."""
 
-    def __init__(self, config: RegistryConfig, stack: AsyncExitStack) -> None:
+    def __init__(self, config: RegistryConfig, stack: AsyncExitStack, pace: Pace | None = None) -> None:
         self.config = config
         """may be replaced: what is opened from then on goes by it"""
+        self._pace = pace
         self._stack = stack
         self._open: dict[tuple[object, ...], RegistrySource | LayoutSource] = {}
         self._opening = trio.Lock()
@@ -61,7 +62,9 @@ class Sources:
         async with self._opening:  # one client for all who come at once: they share its token
             source = self._open.get(key)
             if source is None:
-                source = await self._stack.enter_async_context(open_source(reference, options))
+                source = await self._stack.enter_async_context(
+                    open_source(reference, options, pace=self._pace)
+                )
                 self._open[key] = source
         return source
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,9 +149,13 @@ def test_configured_seeds_wait_for_the_registry_and_survive_restarts(
         assert len(pins(node)) == 1
         node.stop_node()
 
-        node.start_node()
-        assert seeds(node) == {}
-        assert pins(node) == []
+        config = folder / "config.toml"
+        config.write_text(f'[seed]\nimages = ["{reference}"]\n')
+        node.start_node(P2PGZ_CONFIG=str(config))
+        assert list(seeds(node)) == [reference]
+        config.write_text("[seed]\nimages = []\n")
+        os.kill(node.node_pid(), signal.SIGHUP)
+        wait_until(lambda: seeds(node) == {} and pins(node) == [])
 
 
 def test_command_line_says_what_is_wrong(folder: Path, registry: RegistryThread, tmp_path: Path) -> None:
