@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -32,6 +33,7 @@ DIE_SECONDS: Final = 2.0  # a killed process that hangs in the kernel longer is 
 # How long readers wait for an `fs` before the mount is given up: a node restarts within seconds, and half of the kernel's
 # warning of hung tasks (120 s) is the other bound
 ABANDON_SECONDS: Final = 60.0
+FUSE_DEVICE_NUMBER: Final = os.makedev(10, 229)  # include/linux/miscdevice.h: MISC_MAJOR, FUSE_MINOR
 
 
 class HeldMount(NamedTuple):
@@ -180,7 +182,7 @@ class HolderClient:
         for fd, name in enumerate(names, 3):
             mark, _, rest = name.partition("-")
             mount_id, _, device = rest.rpartition("-")
-            if mark != "p2pgz" or not device.isdecimal():
+            if mark != "p2pgz" or not mount_id or not device.isdecimal() or not _is_fuse_device(fd):
                 continue
             await self.ensure()
             message = json.dumps({"op": "restore", "id": mount_id, "device": int(device)}).encode()
@@ -190,6 +192,13 @@ class HolderClient:
                 await channel.recv(holder.MESSAGE_BYTES)
             with suppress(OSError):
                 os.close(fd)
+
+
+def _is_fuse_device(fd: int) -> bool:
+    with suppress(OSError):
+        status = os.fstat(fd)
+        return stat.S_ISCHR(status.st_mode) and status.st_rdev == FUSE_DEVICE_NUMBER
+    return False
 
 
 async def _reap(process: trio.Process) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.e2e.restart.ask_holder import ask
 
 P2PGZ = [sys.executable, "-m", "p2pgz"]
 COMMAND_SECONDS = 60
+READY_FD = 200
 FRESH_SHARE = 0.1
 FILES = 48
 FILE_BYTES = 512 << 10
@@ -105,16 +107,20 @@ class LazyNode:
         self.process: subprocess.Popen[bytes] | None = None
         self.log = state.with_suffix(".log")
 
-    def start(self) -> None:
-        ready_read, ready_write = os.pipe()
+    def start(self, *, launcher: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> None:
+        """Start the node and wait until it is ready. `launcher` is run in its place, and is to become it."""
+        ready_read, low = os.pipe()
+        # above those that a launcher numbers
+        ready_write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, READY_FD)
+        os.close(low)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*P2PGZ, "--state-dir", str(self.state), "node", "--ready-fd", str(ready_write)],
+                [*launcher, *P2PGZ, "--state-dir", str(self.state), "node", "--ready-fd", str(ready_write)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self.environment,
-                pass_fds=[ready_write],
+                pass_fds=[ready_write, *pass_fds],
                 cwd="/",
             )
         os.close(ready_write)
@@ -163,6 +169,18 @@ class LazyNode:
                 self.process.kill()
                 self.process.wait()
         print(self.log.read_text()[-4000:], file=sys.stderr)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Look again and again until something holds; fails when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
 
 
 @contextmanager

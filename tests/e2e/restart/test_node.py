@@ -16,7 +16,7 @@ import pytest
 
 from p2pgz.mount.umount import unmount
 from p2pgz.testing.docker_registry import RunningRegistry, running_registry
-from tests.e2e.restart.lazy_node import LazyNode, Readers, push_image, state_folder
+from tests.e2e.restart.lazy_node import LazyNode, Readers, push_image, sha256, state_folder, wait_until
 
 COMMIT_SECONDS = (
     2.0  # the index is written once a second; what was read later than that is fetched again after a kill
@@ -55,10 +55,6 @@ def node(folder: Path) -> Iterator[LazyNode]:
     node.start()
     yield node
     node.close()
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def mounted(node: LazyNode, reference: str, *options: str) -> Path:
@@ -340,10 +336,3 @@ def pretend_reboot(state: Path) -> None:
     with sqlite3.connect(state / "index.db") as connection:
         connection.execute("UPDATE mounts SET options = json_set(options, '$.boot_id', 'another')")
     connection.close()
-
-
-def wait_until(condition: object, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.05)
