@@ -28,6 +28,7 @@ COMMANDS = {
     "why": ("why", "Show where a mounted file's bytes came from."),
     "seed": ("seed", "Keep images whole on this node and give them to its peers."),
     "convert": ("convert", "Make an image lazily mountable."),
+    "optimize": ("optimize", "Write how an image starts into it."),
     "status": ("status", "Show the node, its mounts and where bytes came from."),
     "pool": ("pool", "Show and keep this host's chunk pool."),
     "config": ("config", "Show, check or print the configuration."),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,32 +27,46 @@ if TYPE_CHECKING:
     from p2pgz.convert.layer import LayerOptions
     from p2pgz.convert.writer import WrittenLayer
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def writing_options(command: F) -> F:
+    """How layers are written."""
+    options = [
+        click.option(
+            "--format",
+            "layer_format",
+            type=click.Choice(["estargz", "zstd:chunked", "zstd:chunked-stargz"]),
+            default="estargz",
+            show_default=True,
+            help="estargz: for every runtime; zstd:chunked: podman's; zstd:chunked-stargz: stargz-snapshotter's.",
+        ),
+        click.option(
+            "--chunk-size", type=int, default=None, metavar="BYTES", help="Chunk size; default: 1 MiB."
+        ),
+        click.option(
+            "--level", type=int, default=None, help="Compression level: 1-12 (libdeflate), 1-22 (zstd)."
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(1, 64),
+            default=2,
+            show_default=True,
+            help="Compressing threads; the result is the same.",
+        ),
+    ]
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option(
-    "--format",
-    "layer_format",
-    type=click.Choice(["estargz", "zstd:chunked", "zstd:chunked-stargz"]),
-    default="estargz",
-    show_default=True,
-    help="estargz: for every runtime; zstd:chunked: podman's; zstd:chunked-stargz: stargz-snapshotter's.",
-)
-@click.option("--chunk-size", type=int, default=None, metavar="BYTES", help="Chunk size; default: 1 MiB.")
-@click.option("--level", type=int, default=None, help="Compression level: 1-12 (libdeflate), 1-22 (zstd).")
+@writing_options
 @click.option(
     "--prioritized",
     type=click.Path(exists=True),
     metavar="FILE",
     help="List of files to put first, a path a line.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Compressing threads; the result is the same.",
 )
 @click.option("--force", is_flag=True, help="Convert layers again that have the format already.")
 @registry_options
@@ -63,6 +78,16 @@ def convert(settings: Settings, /, source: str, target: str, as_json: bool, **op
     SRC and DST are a registry reference, `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, or both `file:LAYER`, one layer as tar,
     tar.gz or tar.zst. The same input and options give the same bytes.
     """
+    layer_options = options_of_layers(options, _read_list(options["prioritized"]))
+    if source.startswith("file:") or target.startswith("file:"):
+        _convert_file(settings, source, target, layer_options, as_json=as_json)
+        return
+    image = convert_image(settings, source, target, layer_options, options)
+    show_converted(image, target, as_json=as_json)
+
+
+def options_of_layers(options: dict[str, Any], prioritized: tuple[bytes, ...]) -> LayerOptions:
+    """What `writing_options` gave, checked."""
     from p2pgz.convert.layer import LayerOptions
     from p2pgz.convert.writer import DEFAULT_CHUNK_BYTES
 
@@ -70,14 +95,15 @@ def convert(settings: Settings, /, source: str, target: str, as_json: bool, **op
         format=options["layer_format"],
         chunk_bytes=options["chunk_size"] or DEFAULT_CHUNK_BYTES,
         level=options["level"],
-        prioritized=_read_list(options["prioritized"]),
+        prioritized=prioritized,
         threads=options["threads"],
     )
     layer_options.check()
-    if source.startswith("file:") or target.startswith("file:"):
-        _convert_file(settings, source, target, layer_options, as_json=as_json)
-        return
-    image = _convert_image(settings, source, target, layer_options, options)
+    return layer_options
+
+
+def show_converted(image: ConvertedImage, target: str, *, as_json: bool) -> None:
+    """The result of a conversion."""
     for warning in image.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -144,12 +170,13 @@ def _print_layer(target: Path, written: WrittenLayer, *, as_json: bool) -> None:
         click.echo(f"{key}={value}")
 
 
-def _convert_image(
+def convert_image(
     settings: Settings, source: str, target: str, layer_options: LayerOptions, options: dict[str, Any]
 ) -> ConvertedImage:
+    """Convert by these options: those of `registry_options`, and `force`."""
     import trio
 
-    from p2pgz.convert.convert import ConvertOptions, convert_image
+    from p2pgz.convert import convert as converting
     from p2pgz.core.platform import Platform
     from p2pgz.core.reference import parse_reference
     from p2pgz.registry import RegistryOptions, open_sink, open_source
@@ -161,7 +188,7 @@ def _convert_image(
     source_reference, target_reference = (
         parse_reference(absolute_reference(text)) for text in (source, target)
     )
-    convert_options = ConvertOptions(
+    convert_options = converting.ConvertOptions(
         layer=layer_options,
         platform=Platform.parse(options["platform"]) if options["platform"] else None,
         force=options["force"],
@@ -192,7 +219,7 @@ def _convert_image(
                 await opened_source.resolve(source_reference)  # before anything is made at the target
                 target_options = registry_of(target_reference.host)
                 async with open_sink(target_reference, target_options, mount_from=mount_from) as sink:
-                    return await convert_image(
+                    return await converting.convert_image(
                         opened_source,
                         source_reference,
                         sink,

@@ -23,6 +23,7 @@ FILE_BYTES = 24 << 10
 # what the program reads at its start: some neighbours, and some that stand far apart, in no order of the layer
 STARTING = [n for n in range(FILES) if n % 40 < 4]
 random.Random(3).shuffle(STARTING)
+NOT_FOUND = 10
 STARTING_BYTES = len(STARTING) * FILE_BYTES
 
 
@@ -170,6 +171,32 @@ def test_those_who_know_an_image_tell_each_other_how_it_starts(
         with mounted(stranger, image):
             start(stranger)
             assert state(stranger)["peer_lists"] == 0
+
+
+def test_optimize_writes_into_an_image_how_it_starts(
+    home: Path,  # noqa: F811
+    registry: RegistryThread,
+    image: str,
+) -> None:
+    optimized = image.replace(":start", ":optimized")
+    with swarm(home, 2) as (node, other):
+        node.start_node()
+        error = node.fails(NOT_FOUND, "optimize", "--plain-http", image, optimized)
+        assert "nothing is known of how it starts" in error
+        with mounted(node, image):
+            start(node)
+        done = node.ok("optimize", "--plain-http", image, optimized)
+        assert f"{len(STARTING)} files start {image} (seen 1 times here)" in done.err
+
+        # whoever mounts it has its start on the way, though nobody has ever started it
+        other.start_node(P2PGZ_FETCH__STARTUP_LIST="false")
+        other.ok("mount", optimized, other.root)
+        wait_until(lambda: other.status()["mounts"][0]["present_bytes"] >= STARTING_BYTES)
+        before = registry.blob_requests()
+        start(other)
+        assert registry.blob_requests() == before
+        names = [row["name"] for row in other.ok("ls", optimized, "/lib", "--json").json()]
+        assert len(names) == FILES
 
 
 def test_option_turns_all_of_it_off(
