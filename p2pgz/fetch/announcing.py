@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(component="peers")
 
+# how often what the pool has is compared with what is announced
+ANNOUNCED_EVERY_SECONDS: Final = 5.0
 # 5 us each, but 0.2 ms for one that has to be opened
 SEGMENTS_BETWEEN_CHECKPOINTS: Final = 20
 # With `provide = "chunk"`. Each key is a walk every half hour: at this number one a second, all day, for one host

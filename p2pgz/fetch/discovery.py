@@ -6,7 +6,7 @@ chunk. What is told is `fetch.announcing`'s business, what others are answered `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,8 +16,9 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.keyspace import Contact
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
+from p2pgz.core.ports import Holder
 from p2pgz.errors import P2pgzError
-from p2pgz.fetch.announcing import Announcing
+from p2pgz.fetch.announcing import ANNOUNCED_EVERY_SECONDS, Announcing
 from p2pgz.fetch.holdings import PoolHoldings
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.exchange import Exchange
@@ -30,16 +31,40 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(component="peers")
 
-# Providers looked up again for a swarm that is still read and incomplete
+# Providers looked up again for a swarm that is read and incomplete
 AGAIN_SECONDS: Final = 30.0
 # after a first look-up that found nobody: the others may only just have announced themselves
 SOON_SECONDS: Final = 3.0
+# Each time the pause is twice as long while nobody misses a chunk: a walk is twenty requests, and mounts lie idle for days
+PAUSE_MAX_SECONDS: Final = 1800.0
 SWARMS_AT_ONCE: Final = 4
 PROVIDERS_WANTED: Final = 8
-# how often what the pool has is compared with what is announced
-ANNOUNCE_SECONDS: Final = 5.0
 LOOKUP_SECONDS: Final = 10.0
 REACHED_MAX: Final = 64
+
+
+class _Search:
+    """The look-ups for one swarm."""
+
+    __slots__ = ("due", "found", "looked_at", "pause_seconds", "soon_seconds")
+
+    def __init__(self, now: float) -> None:
+        self.due = now
+        self.looked_at = now
+        self.pause_seconds = AGAIN_SECONDS
+        self.soon_seconds = SOON_SECONDS
+        self.found = False
+
+    def begin(self, now: float) -> None:
+        """One begins."""
+        self.looked_at = now
+        self.due = now + self.pause_seconds
+        self.pause_seconds = min(2 * self.pause_seconds, PAUSE_MAX_SECONDS)
+
+    def soon(self, now: float) -> None:
+        """It found nobody, and none before did."""
+        self.due = min(self.due, now + self.soon_seconds)
+        self.soon_seconds *= 2
 
 
 class Discovery:
@@ -56,7 +81,7 @@ class Discovery:
         self.dht: Dht | None = None
         """while it is open"""
         self._indirect: Indirect | None = None
-        self._wanted: dict[bytes, float] = {}  # swarm -> when to look again
+        self._wanted: dict[bytes, _Search] = {}
         self._wake = trio.Event()
         self._reached: dict[bytes, bytes] = {}
 
@@ -72,7 +97,15 @@ class Discovery:
         """Somebody reads this swarm."""
         self.holdings.followed(swarm)
         if swarm not in self._wanted:
-            self._wanted[swarm] = trio.current_time()
+            self._wanted[swarm] = _Search(trio.current_time())
+            self._wake.set()
+
+    def missed(self, swarm: bytes) -> None:
+        """Somebody misses chunks of a swarm: a long pause ends."""
+        search = self._wanted.get(swarm)
+        now = trio.current_time()
+        if search is not None and search.due > now and now >= search.looked_at + AGAIN_SECONDS:
+            search.due, search.pause_seconds = now, AGAIN_SECONDS
             self._wake.set()
 
     def uninterested(self, swarm: bytes) -> None:
@@ -104,17 +137,19 @@ class Discovery:
             nursery.start_soon(self.holdings.run)
             while True:
                 now = trio.current_time()
-                for swarm, due in list(self._wanted.items()):
-                    if due <= now and self.dht is not None:
-                        self._wanted[swarm] = now + AGAIN_SECONDS
-                        nursery.start_soon(self._look_up, swarm, limit)
+                for swarm, search in self._wanted.items():
+                    if search.due <= now and self.dht is not None:
+                        search.begin(now)
+                        nursery.start_soon(self._look_up, swarm, search, limit)
                 self._wake = trio.Event()
-                with trio.move_on_at(min(self._wanted.values(), default=now + AGAIN_SECONDS)):
+                with trio.move_on_at(
+                    min((search.due for search in self._wanted.values()), default=now + AGAIN_SECONDS)
+                ):
                     await self._wake.wait()
                 if self.dht is None:
                     await trio.sleep(0.2)
 
-    async def _look_up(self, swarm: bytes, limit: trio.CapacityLimiter) -> None:
+    async def _look_up(self, swarm: bytes, search: _Search, limit: trio.CapacityLimiter) -> None:
         segment = self._pool.segment(Digest(swarm))
         if segment is not None and segment.presence.present_count() == segment.table.chunk_count:
             return
@@ -122,9 +157,10 @@ class Discovery:
             found = 0
             with trio.move_on_after(LOOKUP_SECONDS):
                 found = await self.find(Digest(swarm))
-        if not found and swarm in self._wanted:
-            self._wanted[swarm] = min(self._wanted[swarm], trio.current_time() + SOON_SECONDS)
+        if not found and not search.found:
+            search.soon(trio.current_time())
             self._wake.set()
+        search.found |= found > 0
 
     async def reach(self, contact: Contact) -> bool:
         """Be connected to a peer: by its addresses, or on a stream of its own connection. Whether it is."""
@@ -169,7 +205,7 @@ class Discovery:
         try:
             while True:
                 await self._announcing.compare(dht)
-                await trio.sleep(ANNOUNCE_SECONDS)
+                await trio.sleep(ANNOUNCED_EVERY_SECONDS)
         finally:
             self.dht = self._indirect = None
 
@@ -205,7 +241,6 @@ class DiscoveringPeers:
         self._exchange = exchange
         self._discovery = discovery
         self.holders = exchange.holders
-        self.swarm_holders = exchange.swarm_holders
         self.fetch = exchange.fetch
         self.document = exchange.document
         self.blame = exchange.blame
@@ -215,6 +250,11 @@ class DiscoveringPeers:
         self._exchange.follow(swarm, secret)
         if not secret:  # what only provers may have is not looked for in the DHT
             self._discovery.interested(swarm)
+
+    def swarm_holders(self, swarm: bytes) -> Sequence[Holder]:
+        """See PeerSource; who asks misses something."""
+        self._discovery.missed(swarm)
+        return self._exchange.swarm_holders(swarm)
 
     async def search(self, digest: bytes) -> bool:
         """See PeerSource."""

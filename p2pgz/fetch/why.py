@@ -1,6 +1,6 @@
 """Why a file's bytes are where they are: of each chunk, who gave it, or who would be asked for it now.
 
-Called by the node for `p2pgz why`. Looks only; asks nobody and fetches nothing. Answers come in batches, so that a file of
+Called by the node for `p2pgz why`. Fetches nothing. Answers come in batches, so that a file of
 many thousand chunks holds up nobody else.
 """
 
