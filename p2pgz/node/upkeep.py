@@ -21,6 +21,7 @@ from p2pgz.mount.users import SegmentUsers
 from p2pgz.pool.catalog import USER, ImageRecord
 from p2pgz.pool.evictor import GRACE_TENTHS, Evictor
 from p2pgz.pool.pool import Pool, Segment
+from p2pgz.pool.recheck import recheck
 from p2pgz.pool.scrub import IDLE_AFTER_SECONDS, Scrubber
 from p2pgz.web.api import GcRequest, Progress, ScrubRequest, UnpinRequest
 
@@ -47,8 +48,9 @@ class Upkeep:
         self._active_at = 0.0
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Evict as needed, and scrub when there is nothing else to do."""
+        """Evict as needed, look at what a crash has left, and scrub when there is nothing else to do."""
         nursery.start_soon(self.evictor.run)
+        nursery.start_soon(recheck, self._pool, self._users.mounted, self._is_busy)
         if self._config.scrub_interval_seconds:
             nursery.start_soon(
                 self._scrubber.run, self._config.scrub_interval_seconds, self._config.scrub_bytes_per_second
