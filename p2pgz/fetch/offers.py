@@ -18,6 +18,7 @@ from p2pgz.fetch.indexes import PlainIndexes
 from p2pgz.fetch.shares import Shares
 from p2pgz.fetch.startup import StartUpLists
 from p2pgz.pool.pool import Pool, Segment
+from p2pgz.pool.presence import Presence
 from p2pgz.pool.segment import SHARED_DOMAIN
 
 # threads that wait for the disk on behalf of peers; the host's own readers have others
@@ -116,6 +117,10 @@ class PoolOffers:
         if known is None or known[0] is not segment:
             known = self._offers[segment.row] = (segment, SegmentOffer(segment, self._limiter))
         return known[1]
+
+    def version(self) -> int:
+        """Another number whenever any bitmap may have changed, or who may see it."""
+        return Presence.changes + (self._shares.changes if self._shares is not None else 0)
 
     async def document(self, digest: bytes) -> bytes | None:
         """A TOC, manifest or config that every peer may have, or the start-up list that has this name."""

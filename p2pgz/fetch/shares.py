@@ -109,6 +109,8 @@ class Shares:
         self._open_documents: set[bytes] = set()
         self._closed_segments: dict[bytes, _Closed] = {}
         self._closed_documents: dict[bytes, _Closed] = {}
+        self.changes = 0
+        """grows whenever more or less is shared"""
         self._images: dict[str, ImageFile] = {}
         self._lists: dict[tuple[bytes, bool], Digest] = {}
         """manifests by the names of their start-up lists, and whether these are for provers only"""
@@ -200,6 +202,7 @@ class Shares:
                 documents[name] = await pool.get_object(Digest.parse(image.manifest), domain=domain)
         # from here on at once: no peer is answered by half of the rules
         self.policy = policy
+        self.changes += 1
         for table in (self._open_segments, self._open_documents):
             table.clear()
         for closed in (self._closed_segments, self._closed_documents):
@@ -244,6 +247,7 @@ class Shares:
         return found
 
     def _enter(self, image: ImageFile, place: Place) -> None:
+        self.changes += 1
         segments = [Digest.parse(text) for text in image.segments]
         documents = [Digest.parse(text) for text in image.documents]
         list_name = name_of(place.manifest)

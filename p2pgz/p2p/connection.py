@@ -1,9 +1,9 @@
 """One connection with a proven peer: both ends may ask and both answer, any number of requests at once.
 
-Made by the exchange after the handshake. Four tasks: one reads and handles frames (synchronously, so it never waits for
-anything but the peer), one sends short frames, one sends chunks, one watches that the peer makes progress. Callers of
-`fetch` verify what arrives in their own task. A caller that gives up is forgotten, never cancelled inside a write; a peer
-that breaks a rule loses the connection and `fault` says which rule it was. Whatever goes wrong stays in here.
+Made by the exchange after the handshake. Three tasks: one reads and handles frames (synchronously, so it never waits for
+anything but the peer), one sends short frames, one sends chunks; `p2p.tending` has it look whether the peer makes progress.
+Callers of `fetch` verify what arrives in their own task. A caller that gives up is forgotten, never cancelled inside a
+write; a peer that breaks a rule loses the connection and `fault` says which rule it was. Whatever goes wrong stays in here.
 """
 
 from __future__ import annotations
@@ -58,9 +58,6 @@ log = structlog.get_logger(component="peers")
 # The peer must answer something, or send this much, in every STALL_SECONDS while it owes us: 10 KB/s
 PROGRESS_BYTES: Final = 32 << 10
 STALL_SECONDS: Final = 3.0
-WATCH_SECONDS: Final = 0.5
-# our own clock ran on without us (a stopped process, a suspended host): not the peer's fault
-LAG_SECONDS: Final = 2.0
 PING_AFTER_SECONDS: Final = 10.0
 PONG_WITHIN_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 60.0
@@ -107,8 +104,9 @@ class Connection(Asking):
         self._documents_out = 0
         self._heard_at = self._used_at = trio.current_time()
         self._pinged = False
-        self._received_bytes = 0
-        self._answers = 0
+        self._received_bytes = self._seen_bytes = 0
+        self._answers = self._seen_answers = 0
+        self._moved_at = self._heard_at
         self._leaving = False
         self._handlers: dict[type, Callable[..., None]] = {
             Data: self._on_data,
@@ -147,7 +145,7 @@ class Connection(Asking):
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for loop in (self._receive, self._send_short, self._send_chunks, self._watch):
+                for loop in (self._receive, self._send_short, self._send_chunks):
                     nursery.start_soon(self._guarded, loop)
                 if self.error is not None:  # blamed before it ran
                     nursery.cancel_scope.cancel()
@@ -364,33 +362,31 @@ class Connection(Asking):
 
     # --- time
 
-    async def _watch(self) -> None:
-        mark_bytes, mark_answers, mark_at = self._received_bytes, self._answers, trio.current_time()
-        while True:
-            before = trio.current_time()
-            await trio.sleep(WATCH_SECONDS)
-            now = trio.current_time()
-            if now - before > WATCH_SECONDS + LAG_SECONDS:
-                self._heard_at = mark_at = now
-            moved = self._answers != mark_answers or self._received_bytes - mark_bytes >= PROGRESS_BYTES
-            if moved or not self.downloads.waiting:
-                mark_bytes, mark_answers, mark_at = self._received_bytes, self._answers, now
-            elif now - mark_at >= STALL_SECONDS:
-                self._end(SourceUnavailable(f"peer {self.peer} makes no progress"), Fault.SLOW)
-            if self.downloads.waiting or self.serving.queue:
-                self._used_at = now
-            await self._keep_alive(now)
+    def look(self, now: float, *, lagged: bool) -> None:
+        """Called every half second. `lagged`: this process has not run for a while, so that silence means nothing."""
+        if lagged:
+            self._heard_at = self._moved_at = now
+        moved = (
+            self._answers != self._seen_answers or self._received_bytes - self._seen_bytes >= PROGRESS_BYTES
+        )
+        if moved or not self.downloads.waiting:
+            self._seen_bytes, self._seen_answers, self._moved_at = self._received_bytes, self._answers, now
+        elif now - self._moved_at >= STALL_SECONDS:
+            self._end(SourceUnavailable(f"peer {self.peer} makes no progress"), Fault.SLOW)
+        if self.downloads.waiting or self.serving.queue:
+            self._used_at = now
+        self._keep_alive(now)
 
-    async def _keep_alive(self, now: float) -> None:
+    def _keep_alive(self, now: float) -> None:
         silence = now - self._heard_at
         if silence > PING_AFTER_SECONDS + PONG_WITHIN_SECONDS:
             self._end(SourceUnavailable(f"peer {self.peer} has gone silent"), Fault.LOST)
         elif silence > PING_AFTER_SECONDS and not self._pinged:
             self._pinged = True
-            self._say(Ping(int(now)))
+            self._say_quietly(Ping(int(now)))
         followed = bool(self.bitmaps or self.serving.joined)
-        if now - self._used_at > IDLE_SECONDS and not followed:
-            await self.close(GoodbyeReason.IDLE)
+        if now - self._used_at > IDLE_SECONDS and not followed and self._nursery is not None:
+            self._nursery.start_soon(self.close, GoodbyeReason.IDLE)
 
 
 assert FRAME_MAX_BYTES < UNSENT_MAX_BYTES

@@ -23,7 +23,8 @@ from p2pgz.core.messages import GoodbyeReason
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Holder, Landed, PeerAnswer
 from p2pgz.core.standing import Fault, Standing
-from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.errors import ChunkCorrupt, P2pgzError, SourceUnavailable
+from p2pgz.p2p import tending
 from p2pgz.p2p.asking import PeerBusy
 from p2pgz.p2p.budget import Budget
 from p2pgz.p2p.connection import Connection
@@ -48,8 +49,6 @@ DOCUMENT_BUSY_MAX_SECONDS: Final = 0.5
 INDEX_ASKS_MAX: Final = 16
 # of thousands of ids that one host may have made, the newest will do
 FAULTY_SHOWN: Final = 64
-# how soon followers learn of new chunks; more often would cost more than it helps
-TELL_SECONDS: Final = 0.05
 
 
 class Exchange:
@@ -81,7 +80,8 @@ class Exchange:
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             exchange = cls(credentials, offers, uploads, nursery)
-            nursery.start_soon(exchange._tell)
+            nursery.start_soon(tending.tell, exchange.connections, offers)
+            nursery.start_soon(tending.watch, exchange.connections)
             try:
                 yield exchange
             except Exception as error:  # noqa: BLE001  # goes on below, not wrapped in a group
@@ -336,32 +336,6 @@ class Exchange:
         connections[0].blame(error, Fault.LIE)
         for connection in connections[1:]:
             self._nursery.start_soon(connection.close, GoodbyeReason.FAULT)
-
-    async def _tell(self) -> None:
-        """Look at each followed bitmap once per round, however many peers follow it: most have not changed."""
-        last: dict[bytes, bytes | None] = {}
-        while True:
-            await trio.sleep(TELL_SECONDS)
-            followers = [c for c in self.connections() if c.serving.joined]
-            joined = {swarm for connection in followers for swarm in connection.serving.joined}
-            bits = {swarm: self._bits(swarm) for swarm in joined}
-            changed = {swarm for swarm in joined if swarm not in last or last[swarm] != bits[swarm]}
-            last = bits
-            if not changed:
-                continue
-            for connection in followers:
-                try:
-                    connection.serving.tell_changes(changed)
-                except PeerFault as error:
-                    connection.blame(error, Fault.SLOW)
-
-    def _bits(self, swarm: bytes) -> bytes | None:
-        try:
-            offer = self._offers.swarm(swarm) or self._offers.proven_swarm(swarm)
-            return offer.bits() if offer is not None else None
-        except Exception:  # one broken segment must not keep the others from being told
-            log.exception("peer.bug")
-            return None
 
     @property
     def dropped_bytes(self) -> int:

@@ -46,6 +46,10 @@ class Offers(Protocol):
         """The offer of a swarm id (for images shared with everyone: the TOC's sha256), or None."""
         ...
 
+    def version(self) -> int:
+        """Another number whenever any bitmap may have changed, or who may see it."""
+        ...
+
     async def document(self, digest: bytes) -> bytes | None:
         """A TOC, manifest or config that may be given away, or None."""
         ...

@@ -16,6 +16,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable
+from typing import ClassVar
 
 from p2pgz.errors import StateError
 
@@ -32,11 +33,15 @@ class Presence:
 
     __slots__ = ("_bits", "_map", "_writable", "bitmap_bytes", "count", "fd")
 
+    changes: ClassVar[int] = 0
+    """grows whenever this process changes a bit of any bitmap, makes one or closes one"""
+
     def __init__(self, fd: int, count: int, *, writable: bool) -> None:
         self.fd = fd
         self.count = count
         self.bitmap_bytes = (count + 7) // 8
         self._writable = writable
+        Presence.changes += 1
         self._map: mmap.mmap | None = None
         if fd < 0:
             self._bits = memoryview(bytearray(self.bitmap_bytes))
@@ -108,11 +113,13 @@ class Presence:
         """Chunk `n` may be read from now on."""
         self._check(n)
         self._bits[n >> 3] |= 1 << (n & 7)
+        Presence.changes += 1
 
     def clear(self, n: int) -> None:
         """Chunk `n` may not be read from now on; replies already being sent are the caller's concern."""
         self._check(n)
         self._bits[n >> 3] &= ~(1 << (n & 7)) & 0xFF
+        Presence.changes += 1
 
     def set_many(self, chunks: Iterable[int]) -> None:
         """`set()` for each."""
@@ -130,6 +137,7 @@ class Presence:
         if not is_bitmap(bitmap, self.count):
             raise StateError(f"a bitmap of {len(bitmap)} bytes is not one of {self.count} chunks")
         self._bits[: self.bitmap_bytes] = bitmap
+        Presence.changes += 1
 
     def present_count(self) -> int:
         """How many chunks may be read."""
@@ -137,6 +145,7 @@ class Presence:
 
     def close(self) -> None:
         """Release memory and descriptor; other processes keep theirs. May be called twice."""
+        Presence.changes += 1
         if self._map is not None:
             self._bits.release()
             self._map.close()

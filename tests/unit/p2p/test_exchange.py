@@ -44,6 +44,7 @@ from p2pgz.fetch.shares import Shares
 from p2pgz.p2p import budget as budget_module
 from p2pgz.p2p import connection as connection_module
 from p2pgz.p2p import dialling as dialling_module
+from p2pgz.p2p import tending
 from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.p2p.handshake import Credentials, Handshaken, dial
 from p2pgz.p2p.identity import Identity
@@ -378,7 +379,7 @@ async def test_idle_connection_is_given_up_unless_bitmaps_are_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_module, "IDLE_SECONDS", 0.2)
-    monkeypatch.setattr(connection_module, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(tending, "WATCH_SECONDS", 0.05)
     async with pair(tmp_path) as (_, b):
         await settled(lambda: not b.exchange.connections())
         assert not b.exchange.standing.counts
@@ -388,12 +389,29 @@ async def test_idle_connection_is_given_up_unless_bitmaps_are_followed(
         assert b.exchange.connections()
 
 
+async def test_followers_are_told_after_a_quiet_time_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tending, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(tending, "TELL_QUIET_SECONDS", 0.02)
+    async with (
+        open_peer(tmp_path / "a", LAYER, chunks=[0]) as a,
+        open_peer(tmp_path / "b", LAYER, chunks=()) as b,
+    ):
+        b.exchange.follow(b.swarm)
+        await b.exchange.connect("127.0.0.1", a.port)
+        await settled(lambda: b.exchange.holders(b.swarm, 0))
+        await trio.sleep(0.01 * tending.QUIET_ROUNDS + 0.1)
+        await a.pool.add_many(a.segment, [(1, LAYER.verified(1))])
+        await settled(lambda: b.exchange.holders(b.swarm, 1))
+
+
 async def test_silence_is_asked_about_and_then_ends_the_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_module, "PING_AFTER_SECONDS", 0.1)
     monkeypatch.setattr(connection_module, "PONG_WITHIN_SECONDS", 0.2)
-    monkeypatch.setattr(connection_module, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(tending, "WATCH_SECONDS", 0.02)
     async with open_peer(tmp_path / "a", LAYER) as a, raw(a) as ends:
         (ping,) = await hear(ends, 1)
         assert isinstance(ping, Ping)
