@@ -38,6 +38,11 @@ def status(settings: Settings, /, as_json: bool) -> None:
         )
     if not document["mounts"]:
         click.echo("no mounts")
+    for seed in document["seeds"]:
+        click.echo(
+            f"seed {seed['ref']}  {seed['state']}  "
+            f"{human_bytes(seed['present_bytes'])} of {human_bytes(seed['bytes'])}"
+        )
     full = "; FULL: nothing more is kept" if pool.get("state") == "full" else ""
     click.echo(f"pool: {human_bytes(pool['bytes'])} in {pool['chunks']} chunks{full}")
     for source, counts in document["sources"].items():

@@ -31,7 +31,7 @@ from p2pgz.core.seeding import (
     spread,
     unneeded,
 )
-from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, SourceUnavailable, UsageError
+from p2pgz.errors import ConfigError, ImageNotFound, P2pgzError, PoolFull, SourceUnavailable, UsageError
 from p2pgz.fetch.background import batches
 from p2pgz.fetch.limiter import Throttle
 from p2pgz.fetch.service import ChunkFetcher
@@ -40,9 +40,11 @@ from p2pgz.image.opening import first_error
 from p2pgz.node.seeds import (
     COMPLETE,
     FETCHING,
+    LOOKING,
     WAITING,
     LayerProgress,
     Seed,
+    is_whole,
     measured,
     progress_event,
     whole_segments,
@@ -59,6 +61,8 @@ SEEDS_AT_ONCE: Final = 2
 LAYERS_AT_ONCE: Final = 3
 # Small enough to show progress, large enough that the pause between two does not count
 BATCH_BYTES: Final = 4 << 20
+# At a low rate a batch takes a second, so that what is shown moves
+BATCH_MIN_BYTES: Final = 128 << 10
 REPORT_SECONDS: Final = 0.5
 # A follower has time: a slow registry must not look like one that is away
 TAG_SECONDS: Final = 30.0
@@ -268,7 +272,7 @@ class Seeder:
 
     async def _round(self, seed: Seed, opened: OpenImage | None) -> None:
         """Make sure that all of what the reference means now is here; only then let go of what it meant before."""
-        known = None if seed.follows else self._pinned(seed)
+        known = None if seed.follows else seed.digest or self._pinned(seed)
         reference = seed.reference if known is None else seed.reference.with_digest(known)
         image = opened or await self._open(seed.request, reference)
         if image.digest != seed.digest:
@@ -295,16 +299,27 @@ class Seeder:
         return await self._open_image(MountRequest(**fields), _silent, tag_seconds=TAG_SECONDS)
 
     async def _fetch(self, seed: Seed, image: OpenImage) -> None:
-        missing = [
-            segment
-            for segment in whole_segments(image)
-            if segment.presence.present_count() < segment.table.chunk_count
-        ]
-        if not missing and seed.layers and seed.state == COMPLETE:
+        segments = list(dict.fromkeys(whole_segments(image)))
+        if segments == [layer.segment for layer in seed.layers] and all(map(is_whole, segments)):
             await trio.lowlevel.checkpoint()
             return
-        seed.layers = await trio.to_thread.run_sync(measured, list(whole_segments(image)))
-        seed.becomes(FETCHING)
+        for last in (False, True):
+            seed.layers = await trio.to_thread.run_sync(measured, segments)
+            seed.becomes(FETCHING)
+            try:
+                await self._fetch_layers(seed)
+                return
+            except PoolFull as error:
+                full = error
+            seed.layers = await trio.to_thread.run_sync(measured, segments)
+            missing = seed.total_bytes - seed.done_bytes
+            if last or not await self._upkeep.make_room(missing):
+                raise PoolFull(
+                    f"{seed.key.reference}: {missing} bytes of it have no room",
+                    hint="raise pool.quota_bytes, free some space, or let go of other seeds and pins",
+                ) from full
+
+    async def _fetch_layers(self, seed: Seed) -> None:
         limit = trio.CapacityLimiter(LAYERS_AT_ONCE)
         try:
             async with trio.open_nursery() as nursery:
@@ -318,19 +333,17 @@ class Seeder:
         size = segment.table.size
         origin = self._fetcher.origin(segment)
         order = origin.order.chunk_at if origin is not None else range(segment.table.chunk_count)
+        rate = self._limiter.bytes_per_second
+        most = min(BATCH_BYTES, max(BATCH_MIN_BYTES, rate)) if rate else BATCH_BYTES
         async with limit:
-            for batch in batches(segment, order, None, batch_bytes=BATCH_BYTES):
-                await self._fetcher.ensure_chunks(segment, batch, Priority.START_UP)
+            for batch in batches(segment, order, None, batch_bytes=most):
                 batch_bytes = sum(size[n] for n in batch)
+                await self._limiter.take(batch_bytes)
+                await self._fetcher.ensure_chunks(segment, batch, Priority.START_UP)
                 layer.done_bytes += batch_bytes
                 seed.tell()
-                await self._limiter.take(batch_bytes)
-        left = segment.table.chunk_count - segment.presence.present_count()
-        if left:
-            raise SourceUnavailable(
-                f"{seed.key.reference}: {left} chunks of layer {segment.id} did not stay",
-                hint="see pool.quota_bytes and the free space on the disk",
-            )
+        if not is_whole(segment):  # what has no room goes through memory
+            raise PoolFull(f"{seed.key.reference}: chunks of layer {segment.id} were not kept")
 
     # --- those who watch
 
@@ -340,7 +353,8 @@ class Seeder:
         rate = Rate()
         done_layers: set[Digest] = set()
         while True:
-            await progress(progress_event(seed, rate, done_layers))
+            if seed.state != LOOKING:  # it is open, and begins in a moment
+                await progress(progress_event(seed, rate, done_layers))
             if seed.state == COMPLETE:
                 break
             if (

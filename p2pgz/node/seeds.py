@@ -103,6 +103,11 @@ def whole_segments(image: OpenImage) -> Iterator[Segment]:
     yield from (segment for segment in image.segments if segment.domain not in domains)
 
 
+def is_whole(segment: Segment) -> bool:
+    """Whether all of its chunks are here and verified."""
+    return segment.presence.present_count() == segment.table.chunk_count
+
+
 def measured(segments: list[Segment]) -> list[LayerProgress]:
     """In a worker thread: a large layer has a hundred thousand chunks."""
     return [
@@ -111,7 +116,7 @@ def measured(segments: list[Segment]) -> list[LayerProgress]:
             segment.bytes_of(range(segment.table.chunk_count)),
             segment.bytes_of(iterate_bits(segment.presence.to_bytes())),
         )
-        for segment in dict.fromkeys(segments)
+        for segment in segments
     ]
 
 

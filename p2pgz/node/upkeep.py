@@ -111,6 +111,10 @@ class Upkeep:
             self._config.scrub_bytes_per_second if rate is None else rate, progress
         )
 
+    async def make_room(self, count: int) -> int:
+        """Evict cold chunks for what is to be kept; returns how many bytes that freed."""
+        return await self.evictor.evict(self.evictor.above_low_water() + count, grace_tenths=GRACE_TENTHS[-1])
+
     async def pin(self, image: OpenImage, *, owner: str = USER) -> dict[str, Any]:
         """Keep the chunks of an image, whatever the quota says, until `owner` unpins it. Fetches nothing."""
         now = time.time()

@@ -81,6 +81,9 @@ def test_whole_image_is_here_and_serves_others_without_the_registry(
         assert other.sources()["registry"]["bytes"] == 0
         assert other.sources()["peer"]["bytes"] == total
 
+        peer = seed.status()["node"]["peer_id"]
+        wait_until(lambda: peer in other.run("find", result["digest"]).out)
+
         # pins of people and of seeds do not undo each other
         seed.ok("pool", "pin", reference)
         assert sorted(owner for owner, _ in pins(seed)) == ["seed", "user"]
@@ -156,6 +159,39 @@ def test_configured_seeds_wait_for_the_registry_and_survive_restarts(
         config.write_text("[seed]\nimages = []\n")
         os.kill(node.node_pid(), signal.SIGHUP)
         wait_until(lambda: seeds(node) == {} and pins(node) == [])
+
+
+def test_seed_makes_room_and_says_when_there_is_none(
+    folder: Path, registry: RegistryThread, tmp_path: Path
+) -> None:
+    cold, wanted, large = (
+        push(tmp_path / str(n), registry, files(n, count), tag=str(n))
+        for n, count in ((20, 12), (21, 8), (22, 24))
+    )
+    with swarm(folder, 1, P2PGZ_POOL__QUOTA_BYTES="5000000") as (node,):
+        node.start_node()
+        node.ok("verify", cold)  # 3.6 MB that nobody needs
+        [row] = node.ok("seed", wanted, "--json").json()["seeds"]
+        assert row["present_bytes"] == row["bytes"] > 2_000_000
+        assert node.status()["pool"]["evicted_bytes"] > 0
+        assert "raise pool.quota_bytes" in node.fails(1, "seed", large)
+        assert seeds(node)[large]["state"] == "waiting"
+        assert seeds(node)[wanted]["present_bytes"] == row["bytes"]
+
+
+def test_interrupted_command_leaves_the_seed_to_the_node(
+    folder: Path, registry: RegistryThread, tmp_path: Path
+) -> None:
+    reference = push(tmp_path / "layout", registry, files(8, 16))
+    with swarm(folder, 1, P2PGZ_SEED__BYTES_PER_SECOND="1000000") as (node,):
+        node.start_node()
+        command = node.start("seed", reference)
+        wait_until(lambda: seeds(node) and 0 < seeds(node)[reference]["present_bytes"] < 4_000_000)
+        command.send_signal(signal.SIGINT)
+        command.communicate()
+        assert command.returncode == 130
+        assert seeds(node)[reference]["state"] == "fetching"
+        wait_until(lambda: seeds(node)[reference]["state"] == "complete")
 
 
 def test_command_line_says_what_is_wrong(folder: Path, registry: RegistryThread, tmp_path: Path) -> None:
