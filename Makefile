@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills crashpoints soak lint format coverage wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills evict crashpoints soak lint format coverage wheel-test docs lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -33,6 +33,12 @@ unit:
 kills:
 	@.ci/setup test
 	@.venv/bin/python -m tests.e2e.restart.kills $(ARGS)
+
+# Readers over all of an image in a pool of a tenth of it, in both modes; one line of JSON.
+# make evict ARGS="--seconds 600 --seed 7 --mode tree"
+evict:
+	@.ci/setup test
+	@.venv/bin/python -m tests.e2e.restart.evictions $(ARGS)
 
 # Thousands of states that a power failure can leave a pool in, each recovered from; one line of JSON.
 # make crashpoints ARGS="--states 20000 --seed 7"

@@ -109,7 +109,7 @@ class Catalog:
             return data, False
 
         stored, packed = await trio.to_thread.run_sync(pack)
-        await self._index.write(
+        await self._index.write_spare(
             lambda connection: connection.execute(
                 "INSERT OR REPLACE INTO objects(domain, digest, size, packed, data) VALUES(?, ?, ?, ?, ?)",
                 (domain, digest.raw, len(data), int(packed), stored),

@@ -76,6 +76,8 @@ class ChunkStore:
         self.room: Room | None = None
         """nobody: what finds no room on the disk is an error"""
         self.overflow = Overflow(0)
+        self.admitted_bytes = 0
+        """on their way to the disk: those that come meanwhile must not be admitted to the same room"""
         self._closed = False
         self._gave_way = 0.0
         self._counts: Counter[str] = Counter()
@@ -141,10 +143,13 @@ class ChunkStore:
             size = segment.bytes_of(left)
             await self._refuse_without_room(segment, size)
             full: PoolFull | None = None
+            self.admitted_bytes += size
             try:
                 await self._store(segment, left, write)
             except PoolFull as error:
                 full = error
+            finally:
+                self.admitted_bytes -= size
             if full is None:
                 return
             if self.room is None or attempt == ROOM_ATTEMPTS or not await self.room.make(size):

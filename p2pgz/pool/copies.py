@@ -95,8 +95,12 @@ class ChunkCopies(ChunkStore):
             offset = segment.table.segment_offset[m]
             chunk = await self._verified(segment, n, lambda: read_fully(segment.data_fd, size, offset))
         else:
-            await self._refuse_without_room(segment, segment.bytes_of([n]))
-            return await self._copy_range(source, m, segment, n)
+            await self._refuse_without_room(segment, size)
+            self.admitted_bytes += size
+            try:
+                return await self._copy_range(source, m, segment, n)
+            finally:
+                self.admitted_bytes -= size
         if chunk is not None:
             await self.add(segment, n, chunk)
         return chunk is not None

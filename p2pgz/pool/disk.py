@@ -223,16 +223,12 @@ class Reserve:
         self._path = path
 
     def fill(self) -> None:
-        """Take the room, if there is enough; best effort. Blocks."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._path.stat().st_size == RESERVE_BYTES:  # less: the machine stopped while it was made
-                return
+        """Take the room, or the half or a quarter of it that there is; best effort. Blocks."""
         with contextlib.suppress(OSError):
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(fd, 0, RESERVE_BYTES)
-            except OSError:
-                self._path.unlink()
+                if not _allocate(fd):
+                    self._path.unlink()
             finally:
                 os.close(fd)
 
@@ -247,6 +243,23 @@ class Reserve:
 
 # The log of a restart and some removals; SQLite's log stays below 4 MiB (1000 pages) in between
 RESERVE_BYTES: Final = 8 << 20
+# What was given up is used by and by, and others may take the rest: whatever is left of it is worth having
+RESERVE_SIZES: Final = (RESERVE_BYTES, RESERVE_BYTES // 2, RESERVE_BYTES // 4, RESERVE_BYTES // 8)
+
+
+def _allocate(fd: int) -> bool:
+    """Give the file the largest of the reserve's sizes for which there is room; false when there is none."""
+    for size in RESERVE_SIZES:
+        had = os.fstat(fd).st_size
+        if had >= size:
+            return True
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            os.ftruncate(fd, had)  # part of it may have been found
+        else:
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ class Evictor:
         self._wake = trio.Event()
         self._aside: dict[int, float] = {}
         self._complained_at = -COMPLAIN_AGAIN_SECONDS
+        self._said_full = False
         self.counts: Counter[str] = Counter()
         self._measure_now()
         pool.overflow = Overflow(overflow_bytes)
@@ -94,8 +95,9 @@ class Evictor:
 
     @property
     def used_bytes(self) -> int:
-        """Allocated by the pool's files: as measured last, and what was written since."""
-        return max(0, self._measured_bytes + self._pool.written_bytes - self._measured_at)
+        """Allocated by the pool's files: as measured last, what was written since, and what is being written."""
+        written = self._pool.written_bytes - self._measured_at
+        return max(0, self._measured_bytes + written + self._pool.admitted_bytes)
 
     def admits(self, count: int) -> bool:
         """See Room."""
@@ -160,6 +162,9 @@ class Evictor:
             else:
                 self._started = False
         if not self._keeps:
+            # first of all: the room that the index gave up must not pass for room for chunks
+            await self._pool.take_reserve()
+            await self._measure()
             await self._try_to_keep()
 
     def _excess(self) -> int:
@@ -283,7 +288,7 @@ class Evictor:
         if self._keeps:
             self._keeps = False
             self.counts["full_periods"] += 1
-            self._complain(
+            self._said_full = self._complain(
                 "pool.full",
                 used_bytes=self.used_bytes,
                 free_bytes=self._free_bytes,
@@ -304,17 +309,21 @@ class Evictor:
             except PoolFull:
                 return
         self._keeps = True
-        log.info("pool.keeps_again", used_bytes=self.used_bytes, free_bytes=self._free_bytes)
+        if self._said_full:
+            self._said_full = False
+            log.info("pool.keeps_again", used_bytes=self.used_bytes, free_bytes=self._free_bytes)
 
     def has_slack_for(self, count: int) -> bool:
         """Whether the quota leaves room for this much."""
         return not self._quota_bytes or self.used_bytes + count <= self._quota_bytes
 
-    def _complain(self, event: str, **fields: Any) -> None:
+    def _complain(self, event: str, **fields: Any) -> bool:
         now = trio.current_time()
-        if now - self._complained_at >= COMPLAIN_AGAIN_SECONDS:
-            self._complained_at = now
-            log.warning(event, **fields)
+        if now - self._complained_at < COMPLAIN_AGAIN_SECONDS:
+            return False
+        self._complained_at = now
+        log.warning(event, **fields)
+        return True
 
     async def _measure(self) -> None:
         await trio.to_thread.run_sync(self._measure_now)

@@ -84,6 +84,8 @@ _FROM_1: Final = (
     "DROP TABLE pins_1",
 )
 
+FORGET_BITMAPS: Final = "UPDATE segments SET verified = NULL WHERE verified IS NOT NULL"
+
 _UNUSABLE: Final = (
     apsw.AuthError,
     apsw.BusyError,
@@ -135,6 +137,8 @@ class Index:
         """whether it began empty just now"""
         self.unsynced = False
         """whether the power could take a commit back"""
+        self.distrusts_bitmaps = False
+        """`verified` may still have what an unclean stop should have erased: a full disk was in the way"""
         self.on_unsynced: Callable[[], None] = lambda: None
         """called after such a commit, for somebody to call `settle`"""
 
@@ -180,10 +184,16 @@ class Index:
         All of it happens or nothing: raises PoolFull or StateError. A cancelled caller still waits for the
         end.
         """
+        return await self._write(change, durable=durable, from_reserve=True)
 
+    async def write_spare(self, change: Callable[[apsw.Connection], T]) -> T:
+        """The same for what can be done without: on a full disk the room that is reserved is not spent for it."""
+        return await self._write(change, durable=False, from_reserve=False)
+
+    async def _write(self, change: Callable[[apsw.Connection], T], *, durable: bool, from_reserve: bool) -> T:
         def attempt() -> T:
             self._writer.pragma("synchronous", "FULL" if durable else "NORMAL")
-            with self._writer:
+            with _transaction(self._writer):
                 result = change(self._writer)
                 if durable and self.unsynced:
                     # a change that comes to nothing is no reason for SQLite to sync, and earlier ones wait for it
@@ -196,7 +206,7 @@ class Index:
                 try:
                     return attempt()
                 except apsw.FullError:
-                    if self._reserve is None or not self._reserve.release():
+                    if not from_reserve or self._reserve is None or not self._reserve.release():
                         raise
                     log.warning("index.reserve_used", effect="the disk is full; the pool has to shrink")
                     return attempt()
@@ -213,6 +223,12 @@ class Index:
         """Make every commit so far durable: the log is synced as a whole, so one more commit does it."""
         if self.unsynced:
             await self.write(lambda _: None, durable=True)
+
+    async def forget_distrusted(self) -> None:
+        """Erase what `distrusts_bitmaps` is about; before a clean stop, which would make it count."""
+        if self.distrusts_bitmaps:
+            await self.write(lambda connection: connection.execute(FORGET_BITMAPS), durable=True)
+            self.distrusts_bitmaps = False
 
     def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a short query. Raises StateError when the database is damaged."""
@@ -265,6 +281,19 @@ class Index:
             marks = ",".join("?" * len(part))
             sql = "SELECT key, segment, segment_offset, first_chunk, chunk_count FROM files WHERE key IN"
             yield from self.rows(f"{sql} ({marks})", part)
+
+
+@contextmanager
+def _transaction(connection: apsw.Connection) -> Iterator[None]:
+    """All or nothing. Not apsw's own, which stumbles over a transaction that SQLite has ended itself (a full disk)."""
+    connection.execute("BEGIN")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 def _open_or_begin(path: Path, disk: Disk) -> tuple[apsw.Connection, bool]:

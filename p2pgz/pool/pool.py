@@ -27,12 +27,12 @@ import trio
 from p2pgz.core.content import FileRef
 from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout
-from p2pgz.errors import P2pgzError, StateError
+from p2pgz.errors import P2pgzError, PoolFull, StateError
 from p2pgz.pool.catalog import Catalog
 from p2pgz.pool.chunks import DISK_THREADS
 from p2pgz.pool.commit import Committer
 from p2pgz.pool.disk import Disk, locked, mark_as_cache, named, refuse_unfit_file_system
-from p2pgz.pool.index import Index
+from p2pgz.pool.index import FORGET_BITMAPS, Index
 from p2pgz.pool.presence import iterate_bits
 from p2pgz.pool.removal import ChunkRemoval
 from p2pgz.pool.segment import SHARED_DOMAIN, Segment, SegmentMeta, chunks_with_data
@@ -130,6 +130,7 @@ class Pool(ChunkRemoval):
         self._closed = True
         try:
             await self._committer.flush()
+            await self._index.forget_distrusted()
             await self._shelf.seal()
             await self._index.write(
                 lambda connection: connection.execute("UPDATE facts SET value = 1 WHERE name = 'clean'"),
@@ -176,6 +177,10 @@ class Pool(ChunkRemoval):
                 "INSERT OR REPLACE INTO facts(name, value) VALUES(?, ?)", list(facts.items())
             )
         )
+
+    async def take_reserve(self) -> None:
+        """Reserve room for the index again, as far as there is some now."""
+        await trio.to_thread.run_sync(self._index.take_reserve, limiter=self._limiter)
 
     async def remove_strays(self, acknowledge: Callable[[Segment], Awaitable[None]]) -> int:
         """Give back what files hold that no chunk on record accounts for: writes that a crash kept from the
@@ -267,11 +272,20 @@ async def _begin(index: Index, boot_id: str) -> None:
 
     def change(connection: apsw.Connection) -> None:
         if not clean:
-            connection.execute("UPDATE segments SET verified = NULL WHERE verified IS NOT NULL")
+            connection.execute(FORGET_BITMAPS)
         for name, value in (("clean", 0), ("boot_id", boot_id)):
             connection.execute("INSERT OR REPLACE INTO facts(name, value) VALUES(?, ?)", (name, value))
 
     # on the disk before anything changes: a crash must find the flag down
-    await index.write(change, durable=True)
+    try:
+        await index.write(change, durable=True)
+    except PoolFull as error:
+        if clean:
+            raise
+        # it is down since the last run, whose mounts and readers need a node all the more
+        index.distrusts_bitmaps = True
+        log.warning(
+            "pool.index_full", reason=str(error), effect="what is fetched is not recorded until there is room"
+        )
     if not clean and not index.fresh:
         log.warning("pool.unclean", effect="chunks are checked when first used")

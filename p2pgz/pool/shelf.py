@@ -173,6 +173,8 @@ class Shelf:
         segment.take_record(known.present, known.held_bytes)
         if size < segment.table.segment_bytes:
             self._cut(segment, size)
+        elif self._index.distrusts_bitmaps:
+            pass
         elif known.verified is not None and known.stamp == self._disk.stamp(segment.data_fd):
             both = int.from_bytes(known.verified, "little") & int.from_bytes(known.present, "little")
             segment.presence.load(both.to_bytes(len(known.present), "little"))

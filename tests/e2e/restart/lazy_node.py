@@ -76,13 +76,15 @@ def file_bytes(n: int) -> int:
     return FILE_BYTES + n * 1000
 
 
-def push_image(folder: Path, registry: str, seed: int, files: int = FILES) -> tuple[str, dict[str, str]]:
-    """A lazy image of random files in a registry: its reference, and the sha256 of each file."""
+def push_image(
+    folder: Path, registry: str, seed: int, files: int = FILES, *options: str
+) -> tuple[str, dict[str, str]]:
+    """A lazy image of random files in a registry: its reference, and the sha256 of each file. `options` of `convert`."""
     rng = random.Random(seed)
     contents = {f"f{n:03}": rng.randbytes(file_bytes(n)) for n in range(files)}
     write_plain_layout(folder, contents)
     reference = f"{registry}/lab/restart:t{seed}"
-    run("convert", f"oci:{folder}:t", reference)
+    run("convert", *options, f"oci:{folder}:t", reference)
     return reference, {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 import trio
 import trio.testing
@@ -18,7 +19,9 @@ from p2pgz.core.digest import Digest
 from p2pgz.errors import PoolFull, StateError
 from p2pgz.pool import evictor as module
 from p2pgz.pool.catalog import USER, ImageRecord
+from p2pgz.pool.disk import RESERVE_BYTES
 from p2pgz.pool.evictor import Evictor, allocated_bytes
+from p2pgz.pool.index import Index
 from p2pgz.pool.overflow import Overflow
 from p2pgz.pool.pool import Pool, Segment, SegmentMeta
 from p2pgz.testing.conformance_pool import Layer, check_content
@@ -110,6 +113,27 @@ async def test_quota_holds_while_more_than_it_comes_and_the_oldest_go(tmp_path: 
     async with pool_of(tmp_path) as (pool, _, _):
         segment = pool.segment(layer.toc.digest)  # type: ignore[assignment]  # it is there
         assert here(segment) == kept
+
+
+async def test_quota_holds_while_many_come_at_once(tmp_path: Path) -> None:
+    layer, disk, most = layer_of(1, chunks=24, size=4 * CHUNK), WatchedDisk(), 0
+    async with pool_of(tmp_path, disk, quota_bytes=QUOTA, overflow_bytes=1 << 30) as (pool, _, _):
+        segment = await pool.open_segment(layer.layout)
+
+        def measure() -> None:
+            nonlocal most
+            most = max(most, allocated_bytes(pool))
+
+        async def add(n: int) -> None:
+            await pool.add(segment, n, layer.verified(n))
+            assert segment.presence.has(n) or pool.unkept(segment, n) is not None
+
+        disk.after_write = measure
+        async with trio.open_nursery() as nursery:
+            for n in range(24):
+                nursery.start_soon(add, n)
+        assert 0.5 * QUOTA < most <= QUOTA
+        assert pool.admitted_bytes == 0
 
 
 async def test_chunks_go_bit_first_and_hole_last(tmp_path: Path) -> None:
@@ -303,6 +327,18 @@ async def test_full_disk_and_exceeded_quota_of_the_system_evict_first(tmp_path: 
         check_content(segment, layer)
 
 
+class WatchedDisk(FaultyDisk):
+    """Says when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after_write: Any = lambda: None
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> None:
+        super().pwrite(fd, data, offset)
+        self.after_write()
+
+
 class SmallDisk(FaultyDisk):
     """A disk, or a project's quota on one, of this size."""
 
@@ -333,7 +369,7 @@ async def test_index_without_room_does_not_end_anything(
         await pool.add_many(segment, layer.all_verified())
         write, full = pool._index.write, True
 
-        async def no_room(change: Any, *, durable: bool = False) -> Any:
+        async def no_room(change: Any, *, durable: bool = False, **_: Any) -> Any:
             if full:
                 await trio.lowlevel.checkpoint()
                 raise PoolFull("the index cannot grow")
@@ -348,7 +384,7 @@ async def test_index_without_room_does_not_end_anything(
         assert pool.stats().chunks == CHUNKS
         attempts = 0
 
-        async def no_room_at_first(change: Any, *, durable: bool = False) -> Any:
+        async def no_room_at_first(change: Any, *, durable: bool = False, **_: Any) -> Any:
             nonlocal attempts
             attempts += 1
             if attempts == 1:
@@ -442,3 +478,90 @@ async def test_overflow_never_exceeds_its_limit_but_for_one_large_chunk(tmp_path
     ring.drop(segment, 3)
     assert (ring.bytes, ring.oldest()) == (0, None)
     assert not Overflow(0).put(segment, 0, layer.verified(0))
+
+
+async def test_room_that_the_index_gave_up_is_taken_back_in_part_and_before_chunks_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, disk, room = layer_of(26), FaultyDisk(room_bytes=10 * CHUNK), 5 << 20
+    allocate = os.posix_fallocate
+
+    def limited(fd: int, offset: int, count: int) -> None:
+        if count > room:
+            allocate(fd, offset, room)  # a real one may have found a part as well
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(fd, offset, count)
+
+    reserve = tmp_path / "index.reserve"
+    async with pool_of(tmp_path, disk) as (pool, evictor, _):
+        assert reserve.stat().st_size == RESERVE_BYTES
+        segment = await pool.open_segment(layer.layout)
+        for n, chunk in layer.all_verified():
+            await pool.add(segment, n, chunk)
+        assert not evictor.keeps
+        reserve.unlink()  # as a write does that finds no room
+        monkeypatch.setattr(os, "posix_fallocate", limited)
+        await evictor._look()
+        assert reserve.stat().st_size == RESERVE_BYTES // 2
+        room = 1000
+        await evictor._look()
+        assert reserve.stat().st_size == RESERVE_BYTES // 2
+        reserve.unlink()
+        await evictor._look()
+        assert not reserve.exists()
+        room = 1 << 30
+        disk.room_bytes = None
+        await evictor._look()
+        assert evictor.keeps
+        assert reserve.stat().st_size == RESERVE_BYTES
+
+
+async def test_documents_are_no_reason_to_give_up_the_reserve(tmp_path: Path) -> None:
+    async with Pool.open(tmp_path, boot_id="boot") as pool:
+        document = random.Random(27).randbytes(1 << 20)
+        pages = pool._index.rows("PRAGMA page_count")[0][0]
+        pool._index._writer.pragma("max_page_count", pages + 4)  # that is SQLite's own full disk
+        with pytest.raises(PoolFull):
+            await pool.put_object(Digest.of(document), document)
+        assert (tmp_path / "index.reserve").exists()
+        assert await pool.get_object(Digest.of(document)) is None
+        with pytest.raises(PoolFull):  # in the midst of a change, and SQLite has rolled it back by itself
+            await pool.set_facts({"x": "x" * 1_000_000})
+        assert not (tmp_path / "index.reserve").exists()
+        await pool.set_facts({"y": 1})
+        assert (pool.fact("x"), pool.fact("y")) == (None, 1)
+
+
+async def test_node_that_was_killed_starts_on_a_full_disk_and_believes_no_bitmap_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, unseen = layer_of(28), layer_of(29)
+    async with pool_of(tmp_path) as (pool, _, _):
+        for layer in (seen, unseen):
+            await filled(pool, layer)
+    index = apsw.Connection(str(tmp_path / "index.db"))
+    index.execute("UPDATE facts SET value = 0 WHERE name = 'clean'")  # as while a node runs
+    index.close()
+    write, full = Index._write, True
+
+    async def no_room(self: Index, change: Any, **options: bool) -> Any:
+        if full:
+            await trio.lowlevel.checkpoint()
+            raise PoolFull("the index cannot grow")
+        return await write(self, change, **options)
+
+    monkeypatch.setattr(Index, "_write", no_room)
+    async with pool_of(tmp_path) as (pool, _, _):
+        segment = pool.segment(seen.toc.digest)
+        assert segment is not None
+        assert here(segment) == []
+        assert len(await pool.revive(segment, range(CHUNKS))) == CHUNKS
+        assert check_content(segment, seen) == CHUNKS
+        full = False
+    async with pool_of(tmp_path) as (pool, _, _):  # that was a clean stop, but nobody had looked at this one
+        assert len(here(pool.segment(seen.toc.digest))) == CHUNKS  # type: ignore[arg-type]
+        assert here(pool.segment(unseen.toc.digest)) == []  # type: ignore[arg-type]
+    full = True
+    with pytest.raises(PoolFull):  # the flag of a clean stop has to be taken down first
+        async with pool_of(tmp_path):
+            pass

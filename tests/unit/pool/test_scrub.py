@@ -198,10 +198,10 @@ async def test_idle_pass_waits_until_nobody_reads_and_goes_on_where_it_stopped(
             nursery.start_soon(again.scrubber.run, 60.0, RATE)
             while not again.scrubber.counts["refetched"]:
                 await trio.sleep(0.1)
-            await trio.sleep(10)
+            while pool.fact("scrub_cursor") != "0 0":
+                await trio.sleep(0.1)
             assert again.scrubber.counts["chunks"] <= CHUNKS - stopped_at
             assert done + again.scrubber.counts["chunks"] >= CHUNKS
-            assert pool.fact("scrub_cursor") == "0 0"
             before = again.scrubber.counts["chunks"]
             await trio.sleep(30)
             assert again.scrubber.counts["chunks"] == before  # not again before the interval is over
