@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from p2pgz.core.media import OCI_INDEX, OCI_LAYER_TAR
 from p2pgz.testing.registry_faults import Fault
 from tests.e2e.cli.fake_registry_thread import RegistryThread
-from tests.e2e.cli.layouts import Layout, tar_layer
-from tests.e2e.cli.running import P2pgz, mounted, umount
+from tests.e2e.cli.layouts import ARCHITECTURE, Layout, diff_id, tar_layer
+from tests.e2e.cli.running import P2pgz, mounted, mounted_at, umount, until
 
 pytestmark = pytest.mark.root
 
@@ -49,3 +50,32 @@ def test_commands_go_on_with_the_last_digest_and_say_so(
         assert "by digest it can be had" in p2pgz.fails(13, "ls", f"{registry.address}/team/app:2")
     registry.spoil()
     assert p2pgz.ok("cat", reference, "/file").err == ""
+
+
+def test_mount_at_start_is_of_this_machine_whatever_platform_was_asked_for_last(
+    p2pgz: P2pgz, home: Path
+) -> None:
+    other = "arm64" if ARCHITECTURE != "arm64" else "amd64"
+    layout = Layout(home / "layout")
+    entries = []
+    for architecture in (ARCHITECTURE, other):
+        layer = tar_layer({"file": architecture.encode()})
+        config = layout.config([diff_id(layer)], architecture=architecture)
+        manifest = layout.manifest([layout.store(layer, OCI_LAYER_TAR)], config)
+        entries.append({**manifest, "platform": {"os": "linux", "architecture": architecture}})
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+    layout.tag("t", layout.store(json.dumps(index).encode(), OCI_INDEX))
+    reference = layout.reference("t")
+    p2pgz.start_node()
+    assert p2pgz.ok("cat", reference, "/file").out == ARCHITECTURE
+    assert p2pgz.ok("cat", "--platform", f"linux/{other}", reference, "/file").out == other
+    p2pgz.stop_node()
+
+    root = home / "root"
+    root.mkdir()
+    config = home / "config.toml"
+    config.write_text(f'[[mounts]]\nreference = "{reference}"\ndirectory = "{root}"\n')
+    p2pgz.start_node(P2PGZ_CONFIG=str(config))
+    until(lambda: mounted_at(root), "the mount of the configuration")
+    assert (root / "file").read_text() == ARCHITECTURE
+    umount(root)
