@@ -14,8 +14,9 @@ import structlog
 import trio
 
 from p2pgz.core.digest import SHA256_MULTIHASH_PREFIX, Digest
+from p2pgz.core.model import ChunkKind
 from p2pgz.fetch.shares import Shares
-from p2pgz.pool.pool import Pool
+from p2pgz.pool.pool import Pool, Segment
 
 if TYPE_CHECKING:
     from p2pgz.p2p.dht import Dht
@@ -91,7 +92,7 @@ class Announcing:
         present = segment.presence.present_count() if segment is not None else 0
         if segment is None or not present:
             return False
-        complete = present == segment.table.chunk_count
+        complete = is_complete(segment)
         told = self._told.get(name)
         now = trio.current_time()
         grown = (
@@ -163,3 +164,11 @@ class Announcing:
             keys.update(SHA256_MULTIHASH_PREFIX + digest for digest in self._digests_of(name)())
             await trio.lowlevel.checkpoint()
         return keys if len(keys) <= CHUNK_KEYS_MAX else None
+
+
+def is_complete(segment: Segment) -> bool:
+    """Whether all of it is here; chunks of zeros need nobody."""
+    kind, count = segment.table.kind, segment.table.chunk_count
+    if segment.presence.present_count() + bytes(kind).count(ChunkKind.ZEROS) < count:
+        return False
+    return all(kind[n] == ChunkKind.ZEROS for n in segment.presence.missing(0, count))

@@ -18,7 +18,7 @@ from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Holder
 from p2pgz.errors import P2pgzError
-from p2pgz.fetch.announcing import ANNOUNCED_EVERY_SECONDS, Announcing
+from p2pgz.fetch.announcing import ANNOUNCED_EVERY_SECONDS, Announcing, is_complete
 from p2pgz.fetch.holdings import PoolHoldings
 from p2pgz.fetch.shares import Shares
 from p2pgz.p2p.exchange import Exchange
@@ -151,7 +151,7 @@ class Discovery:
 
     async def _look_up(self, swarm: bytes, search: _Search, limit: trio.CapacityLimiter) -> None:
         segment = self._pool.segment(Digest(swarm))
-        if segment is not None and segment.presence.present_count() == segment.table.chunk_count:
+        if segment is not None and is_complete(segment):
             return
         async with limit:
             found = 0

@@ -16,7 +16,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.keyspace import Contact
 from p2pgz.core.sharing import Mode, Policy, Rule
 from p2pgz.fetch import announcing
-from p2pgz.fetch.announcing import Announcing
+from p2pgz.fetch.announcing import Announcing, is_complete
 from p2pgz.fetch.holdings import PoolHoldings
 from p2pgz.fetch.shares import Shares
 from p2pgz.pool.pool import Pool, Segment
@@ -110,6 +110,17 @@ async def test_a_complete_plain_layer_has_its_other_names(tmp_path: Path) -> Non
         await b.put(*range(1, len(b.layer.chunks)))
         await what.compare(b.dht)
         assert b.announced >= {name.multihash for name in names}
+
+
+async def test_chunks_of_zeros_are_missing_to_nobody(tmp_path: Path) -> None:
+    layer = Layer([[b"data"], [bytes(100)]], zeros=[1])
+    async with Pool.open(tmp_path, boot_id="test", check_filesystem=False) as pool:
+        segment = await pool.open_segment(layer.layout)
+        assert not is_complete(segment)
+        await pool.add(segment, 0, layer.verified(0))
+        assert is_complete(segment)
+        await pool.add(segment, 1, layer.verified(1))
+        assert is_complete(segment)
 
 
 async def test_chunks_are_announced_one_by_one_up_to_a_limit(
