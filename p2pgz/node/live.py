@@ -25,6 +25,7 @@ from p2pgz.mount.mounts import Mounts
 from p2pgz.node.node import Node
 from p2pgz.node.peering import Peering, read_admission
 from p2pgz.node.seeding import configured_seeds
+from p2pgz.node.upkeep import Upkeep
 from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
@@ -35,6 +36,8 @@ log = structlog.get_logger(component="node")
 AT_ONCE: Final = frozenset(
     {
         "log.level",
+        "pool.quota_bytes",
+        "pool.free_floor_bytes",
         "registry.plain_http",
         "registry.ca_file",
         "registry.hosts_dir",
@@ -94,6 +97,7 @@ class LiveSettings:
         mounts: Mounts,
         sources: Sources,
         peering: Peering | None,
+        upkeep: Upkeep,
     ) -> None:
         self._started_with = self._current = config
         self._node = node
@@ -103,6 +107,7 @@ class LiveSettings:
         self._mounts = mounts
         self._sources = sources
         self._peering = peering
+        self._upkeep = upkeep
         self._turn = trio.Lock()
         self.refused = ""
         """why the configuration that was read last is not in effect"""
@@ -159,6 +164,8 @@ class LiveSettings:
             registry=new.registry.bytes_per_second,
             peers=new.peers.download_bytes_per_second,
         )
+        if changed & {"pool.quota_bytes", "pool.free_floor_bytes"}:
+            self._upkeep.limit(new.pool)
         if "sharing" in changed:
             await self._share(prepared.policy)
         await self._node.seeds.adopt(new.seed)

@@ -111,6 +111,7 @@ async def open_node(
             mounts=mounts,
             sources=sources,
             peering=peering,
+            upkeep=upkeep,
         )
         await holder.take_from_systemd()
         recovered = trio.Event()

@@ -37,8 +37,7 @@ class Upkeep:
         self._config = config
         self._pool = pool
         self._fetcher = fetcher
-        space = os.statvfs(pool.directory)
-        quota_bytes, floor_bytes = pool_limits(config, space.f_blocks * space.f_frsize)
+        quota_bytes, floor_bytes = self._limits(config)
         self._users = users
         self.evictor = Evictor(
             pool, quota_bytes=quota_bytes, free_floor_bytes=floor_bytes, users=users, rarity=fetcher.copies
@@ -46,6 +45,15 @@ class Upkeep:
         self._scrubber = Scrubber(pool, self._refetch, is_busy=self._is_busy, found_wrong=users.invalidate)
         self._activity = (-1, -1)
         self._active_at = 0.0
+
+    def _limits(self, config: PoolConfig) -> tuple[int, int]:
+        space = os.statvfs(self._pool.directory)
+        return pool_limits(config, space.f_blocks * space.f_frsize)
+
+    def limit(self, config: PoolConfig) -> None:
+        """Keep the pool within other limits from now on."""
+        quota_bytes, floor_bytes = self._limits(config)
+        self.evictor.limit(quota_bytes=quota_bytes, free_floor_bytes=floor_bytes)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Evict as needed, look at what a crash has left, and scrub when there is nothing else to do."""

@@ -88,6 +88,12 @@ class Evictor:
         pool.overflow = Overflow(overflow_bytes)
         pool.room = self
 
+    def limit(self, *, quota_bytes: int, free_floor_bytes: int) -> None:
+        """Other limits from now on; what is beyond them goes as soon as it can."""
+        self._quota_bytes = self._pool.quota_bytes = quota_bytes
+        self._floor_bytes = free_floor_bytes
+        self._wake.set()
+
     @property
     def keeps(self) -> bool:
         """See Room."""

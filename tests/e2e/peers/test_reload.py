@@ -60,9 +60,10 @@ def test_changes_take_effect_or_are_said_to_wait_and_a_broken_file_changes_nothi
         os.kill(node.node_pid(), signal.SIGHUP)  # its "reloaded" is below the new level
         wait_until(lambda: node.status()["config"]["waiting_for_restart"] == ["peers.mdns"])
         assert events(node, "config.reloaded") == []
-        file.write_text("[peers]\nmdns = false\nupload_slots = 4\n")
+        file.write_text('[pool]\nquota_bytes = "7GB"\n[peers]\nmdns = false\nupload_slots = 4\n')
         said = reload(node)
-        assert said["changed"] == ["log.level", "peers.upload_slots"]
+        assert said["changed"] == ["log.level", "peers.upload_slots", "pool.quota_bytes"]
+        assert node.status()["pool"]["quota_bytes"] == 7_000_000_000
         assert said["waiting_for_restart"] == []
 
         for text, reason in (
@@ -78,7 +79,7 @@ def test_changes_take_effect_or_are_said_to_wait_and_a_broken_file_changes_nothi
         file.unlink()  # not the same as an empty one: the defaults admit everybody
         assert "no such configuration file" in reload(node, "config.refused")["reason"]
         file.write_text("")
-        assert reload(node)["changed"] == ["peers.upload_slots"]
+        assert reload(node)["changed"] == ["peers.upload_slots", "pool.quota_bytes"]
         assert node.status()["config"]["refused"] is None
 
 

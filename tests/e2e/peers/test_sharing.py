@@ -86,6 +86,8 @@ class Image:
 class Scene:
     registry: RegistryThread
     images: dict[str, Image]
+    bare: Image
+    """for everybody, but its manifest does not vouch for the TOC of its layer; `manifest` is the one that did"""
     holder: SwarmNode
     """has read all of each image"""
     member: SwarmNode
@@ -113,7 +115,8 @@ def scene(folder: Path) -> Iterator[Scene]:
         (folder / "docker.json").write_text(json.dumps({"auths": {registry.address: {"auth": token}}}))
         converter = P2pgz(folder / "converter" / "state")
         converter.home.mkdir()
-        images = {mode: push_image(registry, converter, folder, seed) for seed, mode in enumerate(MODES)}
+        images = {mode: push_image(registry, converter, folder, mode) for mode in MODES}
+        bare = without_annotations(registry, push_image(registry, converter, folder, "bare"))
         # from here on the registry wants a name, and sends to its storage with signed addresses
         registry.fake.auth, registry.fake.users, registry.fake.storage = "bearer", {"someone": PASSWORD}, True
         holder.start_node()
@@ -121,12 +124,18 @@ def scene(folder: Path) -> Iterator[Scene]:
             holder.ok("verify", "--plain-http", image.reference)
         member.join(holder)
         wait_until(member.peer_ids)
-        yield Scene(registry, images, holder, member, folder)
+        yield Scene(registry, images, bare, holder, member, folder)
 
 
-def push_image(registry: RegistryThread, converter: P2pgz, folder: Path, seed: int) -> Image:
-    mode = MODES[seed]
-    rng = random.Random(seed)
+def without_annotations(registry: RegistryThread, image: Image) -> Image:
+    document = json.loads(image.manifest)
+    del document["layers"][0]["annotations"]
+    digest = registry.fake.store.add_manifest("bare/app", json.dumps(document).encode()).digest
+    return Image(f"{registry.address}/bare/app@{digest}", image.manifest, image.files)
+
+
+def push_image(registry: RegistryThread, converter: P2pgz, folder: Path, mode: str) -> Image:
+    rng = random.Random(mode)
     files = [rng.randbytes(FILE_BYTES) for _ in range(FILES)]
     target = f"{registry.address}/{mode}/app:t"
     push_converted(
@@ -192,6 +201,23 @@ async def test_an_admitted_peer_that_knows_digests_only_gets_what_is_for_the_clu
                     asked = (join, Want(1, 0, name, ((0, 1),)), DocWant(2, name), Leave(name))
                     said = await answers(ends, 3, *asked)
                     assert sorted(encode(frame).replace(name, bytes(32)) for frame in said) == sorted(unknown)
+
+
+@pytest.mark.trio
+async def test_layers_whose_toc_nothing_vouches_for_are_not_given(scene: Scene) -> None:
+    """They are the registry's word: a peer that took them would have it from us."""
+    scene.holder.ok("verify", "--plain-http", "--allow-unverified-toc", scene.bare.reference)
+    async with peer_of(scene.holder) as ends:
+        for name in (scene.bare.toc, hashlib.sha256(scene.bare.files[0]).digest()):
+            said = await answers(ends, 3, Join(name), Want(1, 0, name, ((0, 1),)), DocWant(2, name))
+            assert {encode(frame) for frame in said} == {
+                encode(Bitmap(name, 0, b"")), encode(Missing(1)), encode(Missing(2))
+            }  # fmt: skip
+    scene.member.ok("ls", "--plain-http", "--allow-unverified-toc", scene.bare.reference)
+    time.sleep(BITMAPS_SECONDS)
+    before = scene.member.sources()["peer"]
+    scene.member.ok("verify", "--plain-http", "--allow-unverified-toc", scene.bare.reference)
+    assert scene.member.sources()["peer"] == before  # nor asked for
 
 
 @pytest.mark.trio
