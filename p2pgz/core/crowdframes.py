@@ -7,7 +7,7 @@ raises PeerFault; `encode` makes a frame with its header. All numbers are big-en
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from p2pgz.core.crowdmsg import (
@@ -144,7 +144,7 @@ class _Fields:
         swarm, extent = self.take(SHA256_BYTES), self.number(_U32)
         return LeaseRef(swarm, extent, self.level(), self.number(_U64))
 
-    def runs(self, *, document: bool) -> tuple[Run, ...]:
+    def runs(self) -> tuple[Run, ...]:
         count = self.count(_U32, RUNS_MAX)
         runs: tuple[Run, ...] = tuple(_RUN.iter_unpack(self.take(count * _RUN.size)))
         end = total = 0
@@ -153,7 +153,7 @@ class _Fields:
                 raise self.fault("with runs that are empty, not ascending or out of range")
             end = first + length
             total += length
-        if total > REQUEST_CHUNKS_MAX or document == bool(runs):
+        if total > REQUEST_CHUNKS_MAX:
             raise self.fault(f"about {total} chunks")
         return runs
 
@@ -197,7 +197,9 @@ def _follow(fields: _Fields) -> Follow:
     request, priority = fields.number(_U32), fields.number(_U8)
     swarm, extent, level = fields.take(SHA256_BYTES), fields.number(_U32), fields.level()
     lease, depth = fields.number(_U64), fields.depth()
-    runs = fields.runs(document=extent == EXTENT_DOCUMENT)
+    runs = fields.runs()
+    if (extent == EXTENT_DOCUMENT) == bool(runs):
+        raise fields.fault("about no chunks, or about chunks of a document")
     return Follow(request, priority, swarm, extent, level, lease, depth, runs)
 
 
@@ -224,7 +226,7 @@ _PARSERS: Final[dict[int, Callable[[_Fields], CrowdFrame]]] = {
     CrowdType.PENDING: lambda fields: Pending(
         tuple(fields.number(_U32) for _ in range(fields.count(_U32, PENDING_MAX)))
     ),
-    CrowdType.GONE: lambda fields: Gone(fields.number(_U32)),
+    CrowdType.GONE: lambda fields: Gone(fields.number(_U32), fields.runs()),
     CrowdType.HEARTBEAT: lambda fields: Heartbeat(*fields.numbers(_HEARTBEAT)),
     CrowdType.GOSSIP: _gossip,
     CrowdType.RANGES: lambda fields: Ranges(fields.numbers(_RANGES)),
@@ -244,7 +246,7 @@ BODY_MAX_BYTES: Final[dict[int, int]] = {
     CrowdType.GIVEUP: _REF.size + 1,
     CrowdType.FOLLOW: _FOLLOW.size + _U32.size + RUNS_MAX * _RUN.size,
     CrowdType.PENDING: _U32.size + PENDING_MAX * _U32.size,
-    CrowdType.GONE: _U32.size,
+    CrowdType.GONE: 2 * _U32.size + RUNS_MAX * _RUN.size,
     CrowdType.HEARTBEAT: _HEARTBEAT.size,
     CrowdType.GOSSIP: 1 + 2 * _U32.size + ENTRIES_MAX * (_MEMBER_MAX_BYTES + _DOWN.size),
     CrowdType.RANGES: _RANGES.size,
@@ -269,6 +271,10 @@ def _member_body(member: Member) -> bytes:
 def _peers(peers: Iterable[bytes]) -> bytes:
     parts = [bytes([len(peer)]) + peer for peer in peers]
     return bytes([len(parts)]) + b"".join(parts)
+
+
+def _runs(runs: Sequence[Run]) -> bytes:
+    return _U32.pack(len(runs)) + b"".join([_RUN.pack(*run) for run in runs])
 
 
 def _ref(ref: LeaseRef) -> bytes:
@@ -300,13 +306,12 @@ def encode(frame: CrowdFrame) -> bytes:
             kind, body = CrowdType.GIVEUP, _ref(ref) + bytes([reason])
         case Follow(request, priority, swarm, extent, level, lease, depth, runs):
             head = _FOLLOW.pack(request, priority, swarm, extent, level, lease, depth)
-            packed = b"".join([_RUN.pack(*run) for run in runs])
-            kind, body = CrowdType.FOLLOW, head + _U32.pack(len(runs)) + packed
+            kind, body = CrowdType.FOLLOW, head + _runs(runs)
         case Pending(requests):
             kind = CrowdType.PENDING
             body = _U32.pack(len(requests)) + b"".join([_U32.pack(request) for request in requests])
-        case Gone(request):
-            kind, body = CrowdType.GONE, _U32.pack(request)
+        case Gone(request, runs):
+            kind, body = CrowdType.GONE, _U32.pack(request) + _runs(runs)
         case Heartbeat(view, members):
             kind, body = CrowdType.HEARTBEAT, _HEARTBEAT.pack(view, members)
         case Gossip(answer, entries, downs):

@@ -170,9 +170,10 @@ class Pending(msgspec.Struct, frozen=True):
 
 
 class Gone(msgspec.Struct, frozen=True):
-    """I am not who you follow (any more): ask the home again."""
+    """Not from me (any more): these chunks, or without runs all that is left. Ask the home again."""
 
     request: int
+    runs: tuple[Run, ...] = ()
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

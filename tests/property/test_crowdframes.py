@@ -77,7 +77,7 @@ frames: st.SearchStrategy[CrowdFrame] = st.one_of(
     st.builds(Follow, U32, U8, B32, st.integers(0, EXTENT_DOCUMENT - 1), LEVEL, U64, DEPTH, RUNS),
     st.builds(Follow, U32, U8, B32, st.just(EXTENT_DOCUMENT), LEVEL, U64, DEPTH, st.just(())),
     st.builds(Pending, st.lists(U32, max_size=20).map(tuple)),
-    st.builds(Gone, U32),
+    st.builds(Gone, U32, RUNS | st.just(())),
     st.builds(Heartbeat, U64, U32),
     st.builds(
         Gossip, st.booleans(), st.lists(MEMBER, max_size=3).map(tuple), st.lists(DOWN, max_size=3).map(tuple)
