@@ -51,6 +51,7 @@ from p2pgz.p2p.bitmaps import PeerLies
 from p2pgz.p2p.handshake import Handshaken
 from p2pgz.p2p.offers import Offers
 from p2pgz.p2p.serving import Serving
+from p2pgz.p2p.unasked import Unasked
 from p2pgz.p2p.uploads import BATCH_BYTES, RETRY_MS, Uploads
 
 log = structlog.get_logger(component="peers")
@@ -68,6 +69,7 @@ UNSENT_MAX_BYTES: Final = 4 << 20
 DOCUMENTS_AT_ONCE: Final = 4
 # optional frames we do not understand; a later version sends some, not thousands
 SKIPPED_MAX: Final = 10_000
+FRAMES_AT_ONCE: Final = 64  # before others get their turn
 
 
 class Connection(Asking):
@@ -108,24 +110,26 @@ class Connection(Asking):
         self._answers = self._seen_answers = 0
         self._moved_at = self._heard_at
         self._leaving = False
+        self._unasked = Unasked()
+        unasked = self._unasked.counted
         self._handlers: dict[type, Callable[..., None]] = {
             Data: self._on_data,
             Want: self._on_want,
             Missing: self._on_missing,
             Busy: self._on_busy,
-            Forget: self.serving.on_forget,
+            Forget: unasked(self.serving.on_forget),
             DocWant: self._on_doc_want,
             Doc: self._on_doc,
             IndexWant: self._on_index_want,
-            Join: lambda frame: self.serving.on_join(frame.swarm),
-            Leave: lambda frame: self.serving.on_leave(frame.swarm),
-            Bitmap: self.bitmaps.on_bitmap,
-            BitmapDelta: self.bitmaps.on_delta,
-            ProofJoin: lambda frame: self.serving.on_join(frame.swarm, frame.proof),
-            Proof: self.bitmaps.on_proof,
+            Join: unasked(lambda frame: self.serving.on_join(frame.swarm)),
+            Leave: unasked(lambda frame: self.serving.on_leave(frame.swarm)),
+            Bitmap: unasked(self.bitmaps.on_bitmap),
+            BitmapDelta: unasked(self.bitmaps.on_delta),
+            ProofJoin: unasked(lambda frame: self.serving.on_join(frame.swarm, frame.proof)),
+            Proof: unasked(self.bitmaps.on_proof),
             ProofDocWant: self._on_proof_doc_want,
-            Ping: lambda frame: self._say(Pong(frame.token)),
-            Pong: lambda frame: None,
+            Ping: unasked(lambda frame: self._say(Pong(frame.token))),
+            Pong: unasked(lambda frame: None),
             Goodbye: self._on_goodbye,
             Hello: self._on_hello,
         }
@@ -227,8 +231,10 @@ class Connection(Asking):
             self._heard_at = trio.current_time()
             self._pinged = False
             self._received_bytes += len(data)
-            for frame in reader.feed(data):
+            for number, frame in enumerate(reader.feed(data), 1):
                 handlers[type(frame)](frame)
+                if not number % FRAMES_AT_ONCE:
+                    await trio.lowlevel.checkpoint()
             if reader.skipped_frames > SKIPPED_MAX:
                 raise PeerFault("thousands of frames that this version does not know")
 
@@ -364,6 +370,7 @@ class Connection(Asking):
 
     def look(self, now: float, *, lagged: bool) -> None:
         """Called every half second. `lagged`: this process has not run for a while, so that silence means nothing."""
+        self._unasked.look(now)
         if lagged:
             self._heard_at = self._moved_at = now
         moved = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import random
 import resource
 import ssl
@@ -30,6 +32,7 @@ from p2pgz.core.messages import (
     GoodbyeReason,
     IndexWant,
     Join,
+    Leave,
     Missing,
     Ping,
     Pong,
@@ -45,7 +48,9 @@ from p2pgz.p2p import budget as budget_module
 from p2pgz.p2p import connection as connection_module
 from p2pgz.p2p import dialling as dialling_module
 from p2pgz.p2p import tending
+from p2pgz.p2p import unasked as unasked_module
 from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
+from p2pgz.p2p.connection import FRAMES_AT_ONCE
 from p2pgz.p2p.handshake import Credentials, Handshaken, dial
 from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.serving import REFUSALS_MAX
@@ -462,6 +467,44 @@ async def test_ten_thousand_requests_are_answered_busy_and_end_the_connection(tm
         await settled(lambda: not a.exchange.connections())
         assert a.exchange.standing.counts == {Fault.PROTOCOL: 1}
         assert a.exchange.uploads.busy > REFUSALS_MAX - 100
+
+
+@pytest.mark.parametrize("frame", [Ping(1), Pong(1), Join(bytes(32)), Leave(bytes(32)), Forget(5)])
+async def test_flood_of_frames_that_nobody_asked_for_ends_the_connection(
+    tmp_path: Path, frame: Frame
+) -> None:
+    async with open_peer(tmp_path / "a", LAYER) as a, raw(a) as ends, trio.open_nursery() as nursery:
+
+        async def read_all() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while await ends.stream.receive():
+                    pass
+
+        nursery.start_soon(read_all)
+        with pytest.raises(trio.BrokenResourceError):  # noqa: PT012  # the end comes when it comes
+            for _ in range(100):
+                await ends.stream.send_all(encode(frame) * 500)
+        await settled(lambda: a.exchange.standing.counts)
+        assert a.exchange.standing.counts == {Fault.PROTOCOL: 1}
+
+
+async def test_many_small_frames_do_not_keep_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unasked_module, "UNASKED_MAX", 1 << 30)
+    async with open_peer(tmp_path / "a", LAYER) as a, raw(a) as ends, trio.open_nursery() as nursery:
+        turns = []
+
+        async def others() -> None:
+            while True:
+                turns.append(a.exchange.connections()[0]._unasked.frames if a.exchange.connections() else 0)
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(others)
+        await ends.stream.send_all(encode(Pong(1)) * 10_000)
+        await settled(lambda: a.exchange.connections()[0]._unasked.frames >= 10_000)
+        nursery.cancel_scope.cancel()
+        assert max(later - before for before, later in itertools.pairwise(turns)) <= 4 * FRAMES_AT_ONCE
 
 
 async def test_limits_are_those_of_the_specification(tmp_path: Path) -> None:
