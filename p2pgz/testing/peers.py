@@ -13,13 +13,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import trio
 import zstandard
 
 from p2pgz.core.admission import Admission
 from p2pgz.core.frames import data_head, encode
-from p2pgz.core.messages import Bitmap, Data, DataFlag, Frame, FrameType, Join, Missing, Ping, Want, chunks_of
+from p2pgz.core.messages import (
+    PART_MAX_BYTES,
+    Bitmap,
+    Data,
+    DataFlag,
+    Frame,
+    FrameType,
+    Join,
+    Missing,
+    Ping,
+    Want,
+    chunks_of,
+)
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.verify import VerifiedChunk
 from p2pgz.core.wire import HEADER
@@ -94,67 +107,84 @@ async def open_peer(
 
 
 Send = Callable[[bytes], Awaitable[None]]
-Answer = Callable[[Send, Layer, int, int], Awaitable[None]]
-"""send, layer, request, chunk"""
+Answer = Callable[[Send, "Stock", int, int], Awaitable[None]]
+"""send, stock, request, chunk"""
+
+
+class Stock(Protocol):
+    """The chunks that a peer says it has; `Layer` is one."""
+
+    @property
+    def chunks(self) -> list[bytes]:
+        """By their numbers."""
+        ...
 
 
 def _data(
-    layer: Layer, request: int, n: int, data: bytes, *, flags: int = 0, total: int | None = None
+    layer: Stock, request: int, n: int, data: bytes, *, flags: int = 0, total: int | None = None
 ) -> bytes:
     return data_head(request, n, flags, 0, len(data) if total is None else total, len(data)) + data
 
 
-async def _wrong_byte(send: Send, layer: Layer, request: int, n: int) -> None:
+async def answer_rightly(send: Send, layer: Stock, request: int, n: int) -> None:
+    """No fault."""
+    data = layer.chunks[n]
+    for at in range(0, len(data), PART_MAX_BYTES):
+        part = data[at : at + PART_MAX_BYTES]
+        await send(data_head(request, n, 0, at, len(data), len(part)) + part)
+
+
+async def _wrong_byte(send: Send, layer: Stock, request: int, n: int) -> None:
     data = bytearray(layer.chunks[n])
     data[len(data) // 2] ^= 1
     await send(_data(layer, request, n, bytes(data)))
 
 
-async def _too_few(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _too_few(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(_data(layer, request, n, layer.chunks[n][:-1]))
 
 
-async def _too_many(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _too_many(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(_data(layer, request, n, layer.chunks[n] + b"x"))
 
 
-async def _twice(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _twice(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(2 * _data(layer, request, n, layer.chunks[n]))
 
 
-async def _nothing(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _nothing(send: Send, layer: Stock, request: int, n: int) -> None:
     await trio.sleep_forever()
 
 
-async def _trickle(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _trickle(send: Send, layer: Stock, request: int, n: int) -> None:
     for byte in _data(layer, request, n, layer.chunks[n]):
         await send(bytes([byte]))
         await trio.sleep(1)
 
 
-async def _other_bytes(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _other_bytes(send: Send, layer: Stock, request: int, n: int) -> None:
     size = len(layer.chunks[n])
     await send(
         _data(layer, request, n, (layer.chunks[n - 1] * (size // len(layer.chunks[n - 1]) + 1))[:size])
     )
 
 
-async def _other_number(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _other_number(send: Send, layer: Stock, request: int, n: int) -> None:
     other = (n + 1) % len(layer.chunks)
     await send(_data(layer, request + 1000, other, layer.chunks[other]))
 
 
-async def _huge_frame(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _huge_frame(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(HEADER.pack(0xFFFF_FFFF, FrameType.DATA) + bytes(64))
     await trio.sleep_forever()
 
 
-async def _bomb(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _bomb(send: Send, layer: Stock, request: int, n: int) -> None:
     bomb = zstandard.ZstdCompressor(level=19).compress(bytes(BOMB_BYTES))
     await send(_data(layer, request, n, bomb, flags=DataFlag.ZSTD))
 
 
-async def _hidden_bomb(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _hidden_bomb(send: Send, layer: Stock, request: int, n: int) -> None:
     """A frame that states the right size and holds more."""
     size = len(layer.chunks[n])
     bomb = bytearray(zstandard.ZstdCompressor(level=1).compress(bytes(BOMB_BYTES)))
@@ -165,36 +195,36 @@ async def _hidden_bomb(send: Send, layer: Layer, request: int, n: int) -> None:
     await send(_data(layer, request, n, bytes(bomb[: size - 1]), flags=DataFlag.ZSTD))
 
 
-async def _dies(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _dies(send: Send, layer: Stock, request: int, n: int) -> None:
     data = layer.chunks[n]
     await send(_data(layer, request, n, data[: len(data) // 2 + 1], total=len(data)))
     os._exit(1)
 
 
-async def _raises(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _raises(send: Send, layer: Stock, request: int, n: int) -> None:
     await trio.lowlevel.checkpoint()
     raise RuntimeError("a bug of this peer")
 
 
-async def _lies(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _lies(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(encode(Missing(request, ((n, 1),))))
 
 
-async def _floods(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _floods(send: Send, layer: Stock, request: int, n: int) -> None:
     while True:
         await send(encode(Ping(1)) * 1000)
 
 
-async def _unknown_frame(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _unknown_frame(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(HEADER.pack(3, 0x7F) + b"abc")
 
 
-async def _optional_frame(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _optional_frame(send: Send, layer: Stock, request: int, n: int) -> None:
     """Not a fault: a later version says something that we skip."""
     await send(HEADER.pack(3, 0x9F) + b"abc" + _data(layer, request, n, layer.chunks[n]))
 
 
-async def _goodbye(send: Send, layer: Layer, request: int, n: int) -> None:
+async def _goodbye(send: Send, layer: Stock, request: int, n: int) -> None:
     await send(HEADER.pack(1, FrameType.GOODBYE) + b"\0")
 
 
