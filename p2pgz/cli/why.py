@@ -105,7 +105,8 @@ def _summary(summary: dict[str, dict[str, dict[str, int]]]) -> list[str]:
     lines = []
     for state, sources in summary.items():
         for source, counts in sources.items():
-            told = f"{counts['chunks']} chunks, {human_bytes(counts['bytes'])} {STATES.get(state, state)}"
+            what = "chunk" if counts["chunks"] == 1 else "chunks"
+            told = f"{counts['chunks']} {what}, {human_bytes(counts['bytes'])} {STATES.get(state, state)}"
             if state in ("here", "missing", "fetching"):
                 told += f", {'would come ' if state == 'missing' else ''}{SOURCES.get(source, source)}"
             lines.append(told)

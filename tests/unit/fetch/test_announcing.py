@@ -91,6 +91,28 @@ async def test_a_toc_is_announced_while_there_are_chunks_and_documents_always(tm
         assert b.node.announcer._held == {}
 
 
+async def test_a_layer_that_fills_is_pointed_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcing, "GROWN_SECONDS", 0.0)
+    async with bench(tmp_path) as b:
+        what = Announcing(b.pool, b.shares)
+        await b.opened()
+        await b.put(*range(4))
+        await what.compare(b.dht)
+        tocs = b.node.announcer._tocs
+        assert tocs.due(trio.current_time() + 1000) == [b.segment.id.raw]
+        later = tocs.next_due()
+        assert later is not None
+        await what.compare(b.dht)
+        assert tocs.next_due() == later
+        await b.put(4)
+        await what.compare(b.dht)
+        sooner = tocs.next_due()
+        assert sooner is not None
+        assert sooner < trio.current_time() + 200
+
+
 async def test_a_private_image_is_not_announced(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         await b.put(0)
