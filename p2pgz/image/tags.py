@@ -29,6 +29,9 @@ log = structlog.get_logger(component="image")
 # With something to fall back on: a registry that is well answers a HEAD in a tenth of this, one that swallows packets must
 # not hold a mount for the two minutes of all time-outs together
 LOOK_UP_SECONDS: Final = 3.0
+# After that, further look-ups soon get only this: twenty commands of a script must not wait a minute. One round trip
+AWAY_SECONDS: Final = 10.0
+AWAY_LOOK_UP_SECONDS: Final = 0.5
 # A tag that means what it meant is written down again this much later: each time would be a commit for each `cat`
 NOTE_AGAIN_SECONDS: Final = 60.0
 UNKNOWN_HINT: Final = "this host has not resolved the tag before; by digest it can be had while peers have it"
@@ -47,6 +50,7 @@ class Tags:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._look_ups: Together[Descriptor] = Together()
+        self._away_until: dict[str, float] = {}  # by the source's name
 
     async def resolve(
         self,
@@ -60,6 +64,8 @@ class Tags:
         if reference.digest is not None:
             return Resolved(await source.resolve(reference))
         last = self.last(reference, platform)
+        if seconds <= LOOK_UP_SECONDS and trio.current_time() < self._away_until.get(source.name, 0.0):
+            seconds = min(seconds, AWAY_LOOK_UP_SECONDS)
 
         async def look_up() -> Descriptor:
             return await source.resolve(reference)
@@ -71,6 +77,7 @@ class Tags:
                 seconds, source, lambda: self._look_ups.run((source, reference), look_up)
             )
             if descriptor is not None:
+                self._away_until.pop(source.name, None)
                 return Resolved(descriptor)
             reason = f"no answer within {seconds:g} s"
         except SourceUnreachable as error:
@@ -79,6 +86,7 @@ class Tags:
                     error.what, hint="; ".join(filter(None, (error.hint, UNKNOWN_HINT)))
                 ) from error
             reason = error.what
+        self._away_until[source.name] = trio.current_time() + AWAY_SECONDS
         log.warning("tag.stale", reference=str(reference), digest=str(last.descriptor.digest), reason=reason)
         return last
 

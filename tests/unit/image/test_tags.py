@@ -23,7 +23,7 @@ from p2pgz.errors import AuthRefused, ImageNotFound, P2pgzError, SourceUnavailab
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.open import ImageOpener
 from p2pgz.image.opened import OpenImage
-from p2pgz.image.tags import age
+from p2pgz.image.tags import LOOK_UP_SECONDS, age
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
 from p2pgz.testing.fake_registry import FakeRegistry
@@ -167,6 +167,21 @@ async def test_silent_registry_holds_nobody_who_knows_the_tag(tmp_path: Path) ->
         image = await node.open(reference, seconds=0.2)
         assert image.stale_since is not None
         assert trio.current_time() - begun < 2
+
+
+async def test_registry_that_was_away_just_now_is_not_waited_for_again(tmp_path: Path) -> None:
+    async with FakeRegistry.open() as registry, host(tmp_path / "state") as node:
+        put_image(registry, "hello", tag="1")
+        reference = f"{registry.address}/{REPOSITORY}:1"
+        await node.open(reference)
+        registry.faults.append(Fault(silent=True, times=100))
+        await node.open(reference, seconds=0.1)
+        begun = trio.current_time()
+        assert (await node.open(reference, seconds=LOOK_UP_SECONDS)).stale_since is not None
+        assert trio.current_time() - begun < LOOK_UP_SECONDS / 2
+        registry.faults.clear()
+        put_image(registry, "other", tag="1")
+        assert (await node.open(reference, seconds=LOOK_UP_SECONDS)).stale_since is None
 
 
 @pytest.mark.parametrize(
