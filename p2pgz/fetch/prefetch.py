@@ -40,6 +40,7 @@ class Prefetch:
     def __init__(self, fetcher: ChunkFetcher) -> None:
         self._fetcher = fetcher
         self._listed: dict[Segment, set[int]] = {}
+        self._closed = False
         self._left_bytes = LIST_MAX_BYTES
         self.listed_chunks = self.listed_bytes = 0
         """what the lists name of this image"""
@@ -87,7 +88,8 @@ class Prefetch:
             if origin is None or origin.streamed:
                 continue  # a streamed layer is here as a whole, or costs a whole one
             near, far = await self._sort(origin, places)
-            origin.listed |= near.keys() | far.keys()
+            if not self._closed:
+                origin.listed |= near.keys() | far.keys()
             plan += [(segment, group) for group in _batches(segment, near)]
             fills = partial(_fills, origin, self._fetcher.at_peers(origin))
             table = segment.table
@@ -117,11 +119,13 @@ class Prefetch:
         return self._left_bytes >= 0
 
     def close(self) -> None:
-        """The start-up is over: readers of what has not come take their neighbourhood along again."""
+        """The start-up is over: readers of what has not come take their neighbourhood along again. Forgets the list."""
+        self._closed = True
         for segment, chunks in self._listed.items():
             origin = self._fetcher.origin(segment)
             if origin is not None:
                 origin.listed -= chunks
+        self._listed.clear()
 
 
 def _is_absent(origin: Origin, n: int) -> bool:

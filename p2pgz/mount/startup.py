@@ -67,11 +67,11 @@ class ImageStartUp:
     @property
     def records(self) -> bool:
         """Whether the reads of its `fs` process are wanted."""
-        return self._recording is not None and not self._over
+        return self._recording is not None
 
     def observe(self, segment: int, first: int, count: int) -> bool:
         """Chunks are read for the first time; false when enough was heard."""
-        if self._recording is None or self._over:
+        if self._recording is None:
             return False
         new = self._recording.note(segment, first, count, trio.current_time())
         self._read_chunks += len(new)
@@ -150,6 +150,7 @@ class ImageStartUp:
         """Once, whatever comes; what cannot be written in time the next mount records again."""
         recording, lists, image = self._recording, self._lists, self._image
         was_over, self._over = self._over, True
+        self._recording = None  # a mount may last for months
         self._prefetch.close()
         if was_over or recording is None or lists is None or not recording.read:
             return
@@ -203,7 +204,7 @@ class ImageStartUp:
         """What `p2pgz status` says of the start of a mount."""
         if self._lists is None:
             state = "off"
-        elif self._over or self._recording is None:
+        elif self._recording is None:
             state = "over"
         else:
             state = "recording" if self._read_chunks else "waiting"

@@ -132,6 +132,7 @@ def test_other_host_prefetches_by_the_list_of_its_peer(
         assert [path.name for path in lists(second)] == [path.name for path in lists(first)]
 
 
+@pytest.mark.slow
 def test_images_for_nobody_tell_nobody_how_they_start(
     home: Path,  # noqa: F811
     image: str,
@@ -150,6 +151,7 @@ def test_images_for_nobody_tell_nobody_how_they_start(
             assert state(second)["peer_lists"] == 0
 
 
+@pytest.mark.slow
 def test_those_who_know_an_image_tell_each_other_how_it_starts(
     home: Path,  # noqa: F811
     image: str,
@@ -173,6 +175,7 @@ def test_those_who_know_an_image_tell_each_other_how_it_starts(
             assert state(stranger)["peer_lists"] == 0
 
 
+@pytest.mark.slow
 def test_optimize_writes_into_an_image_how_it_starts(
     home: Path,  # noqa: F811
     registry: RegistryThread,

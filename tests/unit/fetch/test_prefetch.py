@@ -12,12 +12,16 @@ from p2pgz.core import startup
 from p2pgz.core.digest import Digest
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.schedule import Priority
+from p2pgz.core.sharing import Mode, Policy, Rule, document_name, image_secret
 from p2pgz.core.startplan import SPARE_SHARE
 from p2pgz.errors import P2pgzError, SourceUnavailable
 from p2pgz.fetch import prefetch
 from p2pgz.fetch import startup as lists_module
+from p2pgz.fetch.offers import PoolOffers
 from p2pgz.fetch.prefetch import Prefetch
+from p2pgz.fetch.shares import Shares
 from p2pgz.fetch.startup import FILES_MAX, StartUpLists
+from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import SHARED_DOMAIN
 from p2pgz.testing.memory_source import Fault
 from tests.unit.fetch.test_service import Bench, bench
@@ -217,3 +221,38 @@ async def test_number_of_files_is_bounded(tmp_path, monkeypatch):
         await lists.add(Digest.of(b"%d" % number), SHARED_DOMAIN, [(TOC, number)])
     assert len(list((tmp_path / "startup").iterdir())) == 3
     assert StartUpLists(tmp_path).known(Digest.of(b"4"), SHARED_DOMAIN).spots == [(TOC, 4)]
+
+
+async def test_list_is_told_to_those_who_may_have_the_image_and_to_nobody_when_the_rules_change(tmp_path):
+    document, name = b"manifest", startup.name_of(MANIFEST).raw
+    rules = {mode: Policy([Rule("*", mode)]) for mode in Mode}
+    async with Pool.open(tmp_path / "state", boot_id="boot", check_filesystem=False) as pool:
+        await pool.put_object(MANIFEST, document)
+        shares, lists = Shares(rules[Mode.CLUSTER]), StartUpLists(tmp_path)
+        offers = PoolOffers(pool, shares, None, lists)
+        await lists.add(MANIFEST, SHARED_DOMAIN, [(TOC, 3)])
+        assert await offers.document(name) is None
+        place = shares.place("registry.test/image", MANIFEST, document)
+        await shares.add(place, segments=[], documents=[])
+        assert startup.from_bytes(await offers.document(name)) == [(TOC, 3)]
+        assert not offers.holds(name)
+        for mode in (Mode.NONE, Mode.PROOF):
+            await shares.adopt(rules[mode], pool)
+            assert await offers.document(name) is None
+        await shares.adopt(rules[Mode.CLUSTER], pool)
+        assert startup.from_bytes(await offers.document(name)) == [(TOC, 3)]
+
+
+async def test_list_of_an_image_for_provers_has_a_name_that_only_they_know(tmp_path):
+    document, name = b"manifest", startup.name_of(MANIFEST).raw
+    async with Pool.open(tmp_path / "state", boot_id="boot", check_filesystem=False) as pool:
+        shares, lists = Shares(Policy([Rule("*", Mode.PROOF)])), StartUpLists(tmp_path)
+        offers = PoolOffers(pool, shares, None, lists)
+        place = shares.place("registry.test/image", MANIFEST, document)
+        await shares.add(place, segments=[], documents=[])
+        hidden = document_name(image_secret(document), name)
+        assert await offers.proven_document(hidden) is None
+        await lists.add(MANIFEST, place.domain, [(TOC, 3)])
+        assert startup.from_bytes(await offers.proven_document(hidden)) == [(TOC, 3)]
+        assert await offers.document(name) is None
+        assert await offers.document(hidden) is None
