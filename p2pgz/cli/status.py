@@ -49,6 +49,10 @@ def status(settings: Settings, /, as_json: bool) -> None:
         click.echo(
             f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts)
         )
+    if document["config"]["refused"]:
+        click.echo(f"configuration not taken: {document['config']['refused']}")
+    if document["config"]["waiting_for_restart"]:
+        click.echo(f"waiting for a restart: {', '.join(document['config']['waiting_for_restart'])}")
     if document["node"]["faulty_peers"]:
         faults = ", ".join(f"{count} {fault}" for fault, count in node["faults"].items() if count)
         click.echo(f"peers out of their place: {len(node['faulty_peers'])}; faults so far: {faults}")

@@ -6,6 +6,7 @@ library takes most of a second to load and nobody waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ import trio
 from p2pgz.config import PeersConfig
 from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
+from p2pgz.core.keyspace import Contact
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
@@ -244,9 +246,7 @@ async def open_peering(
             await nursery.start(peering.bootstrapper.run)
             nursery.start_soon(own.run)
             if config.mdns:
-                mdns = Mdns(identity.peer_id, addresses=lambda: own.current, found=bootstrapper.offer)
-                own.watchers.append(lambda _addresses: mdns.changed())
-                nursery.start_soon(mdns.run)
+                _start_mdns(peering, nursery)
             log.info(
                 "peers.ready", peer=str(identity.peer_id), addrs=[str(address) for address in own.current]
             )
@@ -286,6 +286,24 @@ async def _open_plane(
             if opened or not tries:
                 raise
             log.warning("peers.port_taken", port=port, reason=error.what, effect="another port is used")
+
+
+def _start_mdns(peering: Peering, nursery: trio.Nursery) -> None:
+    async def look_at_twin(contact: Contact) -> None:
+        """Dial what announces our own id: the dialler says loudly when it is another host."""
+        for raw in contact.addresses:
+            with contextlib.suppress(ValueError, P2pgzError):
+                address = PeerAddress.from_bytes(raw)
+                await peering.exchange.connect(address.host, address.port)
+
+    mdns = Mdns(
+        peering.peer_id,
+        addresses=lambda: peering.own.current,
+        found=peering.bootstrapper.offer,
+        twin=lambda contact: nursery.start_soon(look_at_twin, contact),
+    )
+    peering.own.watchers.append(lambda _addresses: mdns.changed())
+    nursery.start_soon(mdns.run)
 
 
 async def _run_dht(peering: Peering, admission: Admission) -> None:

@@ -43,7 +43,8 @@ RETRY_SECONDS: Final = 60.0
 class Mdns:
     """Announces us and finds others while `run` runs.
 
-    `addresses`: ours, asked whenever we announce; `found`: called in the event loop for each peer that announces itself.
+    `addresses`: ours, asked whenever we announce; `found`: called in the event loop for each peer that announces itself;
+    `twin`: for one that has our own id, and is perhaps another host.
     `interfaces`: IP addresses of those to use; None: all.
     """
 
@@ -53,6 +54,7 @@ class Mdns:
         *,
         addresses: Callable[[], Sequence[PeerAddress]],
         found: Callable[[Contact], None],
+        twin: Callable[[Contact], None] = lambda contact: None,
         interfaces: Sequence[str] | None = None,
         service: str = SERVICE,
     ) -> None:
@@ -62,6 +64,7 @@ class Mdns:
         self._own = own
         self._addresses = addresses
         self._tell = found
+        self._twin = twin
         self._interfaces = interfaces
         self._service = service
         self._changed = trio.Event()
@@ -99,7 +102,9 @@ class Mdns:
         await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True, limiter=self._threads)
 
     def _heard(self, contact: Contact) -> None:
-        if contact.peer != self._own.raw:
+        if contact.peer == self._own.raw:
+            self._twin(contact)
+        else:
             self.found += 1
             log.debug("mdns.found", peer=str(PeerId(contact.peer)))
             self._tell(contact)
