@@ -7,6 +7,7 @@ and announced one by one only on demand (`peers.provide`), which is for small se
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -17,6 +18,7 @@ from p2pgz.core.digest import SHA256_MULTIHASH_PREFIX, Digest
 from p2pgz.core.model import ChunkKind
 from p2pgz.fetch.shares import Shares
 from p2pgz.pool.pool import Pool, Segment
+from p2pgz.pool.segment import SHARED_DOMAIN
 
 if TYPE_CHECKING:
     from p2pgz.p2p.dht import Dht
@@ -27,6 +29,9 @@ log = structlog.get_logger(component="peers")
 ANNOUNCED_EVERY_SECONDS: Final = 5.0
 # 5 us each, but 0.2 ms for one that has to be opened
 SEGMENTS_BETWEEN_CHECKPOINTS: Final = 20
+# An open segment has five descriptors: with this share of the limit they take a third of it
+FILES_PER_SEGMENT: Final = 15
+OPEN_SEGMENTS_MAX: Final = 20_000
 # With `provide = "chunk"`. Each key is a walk every half hour: at this number one a second, all day, for one host
 CHUNK_KEYS_MAX: Final = 2000
 # A TOC that fills is pointed at again once it has a quarter more chunks, but not more often than this
@@ -66,6 +71,7 @@ class Announcing:
         self._documents: set[Digest] = set()
         self._chunk_keys: set[bytes] = set()
         self._too_many = False
+        self._left_out = 0
 
     def begin(self) -> None:
         """A new DHT knows nothing of us yet."""
@@ -74,11 +80,28 @@ class Announcing:
     async def compare(self, dht: Dht) -> None:
         """Announce what is new, withdraw what is gone."""
         seen = set()
+        open_now = self._pool.segments()
+        opened = {segment.id for segment in open_now if segment.domain == SHARED_DOMAIN}
+        room = open_segments_max() - len(open_now)
+        left_out = 0
         for number, name in enumerate(self._shares.open_segments(), 1):
             if number % SEGMENTS_BETWEEN_CHECKPOINTS == 0:
                 await trio.lowlevel.checkpoint()
+            if name not in opened:
+                if room <= 0:
+                    left_out += 1
+                    continue
+                room -= 1
             if self._segment(dht, name):
                 seen.add(name)
+        if left_out > self._left_out:
+            log.warning(
+                "peers.not_all_announced",
+                layers=left_out,
+                effect="layers that nothing has used since the start are not announced",
+                hint="raise the limit of open files (LimitNOFILE= of the service)",
+            )
+        self._left_out = left_out
         for name in self._told.keys() - seen:
             self._withdraw(dht, name)
         self._compare_documents(dht)
@@ -164,6 +187,16 @@ class Announcing:
             keys.update(SHA256_MULTIHASH_PREFIX + digest for digest in self._digests_of(name)())
             await trio.lowlevel.checkpoint()
         return keys if len(keys) <= CHUNK_KEYS_MAX else None
+
+
+def open_segments_max() -> int:
+    """How many segments may be open for others' sake: files must be left for readers and connections."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        OPEN_SEGMENTS_MAX
+        if soft == resource.RLIM_INFINITY
+        else min(OPEN_SEGMENTS_MAX, soft // FILES_PER_SEGMENT)
+    )
 
 
 def is_complete(segment: Segment) -> bool:

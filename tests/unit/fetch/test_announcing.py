@@ -113,6 +113,36 @@ async def test_a_layer_that_fills_is_pointed_at_again(
         assert sooner < trio.current_time() + 200
 
 
+async def test_after_a_restart_layers_are_opened_only_while_there_are_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [Layer.random(seed, files=2, name=b"%d" % seed) for seed in range(4)]
+    async with Pool.open(tmp_path, boot_id="test", check_filesystem=False) as pool:
+        for layer in layers:
+            segment = await pool.open_segment(layer.layout)
+            await pool.add_many(segment, layer.all_verified())
+    async with (
+        Pool.open(tmp_path, boot_id="test", check_filesystem=False) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        assert pool.segments() == []
+        shares: Any = Shares()
+        shares._open_segments.update(layer.toc.digest.raw for layer in layers)
+        node = SimulatedNetwork(nursery).start(1)
+        dht: Any = SimpleNamespace(announcer=node.announcer, kad=node.kad)
+        what = Announcing(pool, shares)
+        monkeypatch.setattr(announcing, "OPEN_SEGMENTS_MAX", 2)
+        await what.compare(dht)
+        assert len(pool.segments()) == len(node.kad.announced) == 2
+        await what.compare(dht)
+        assert len(pool.segments()) == len(node.kad.announced) == 2
+        for layer in layers:
+            assert pool.segment(layer.toc.digest)
+        await what.compare(dht)
+        assert node.kad.announced == {layer.toc.digest.multihash for layer in layers}
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_private_image_is_not_announced(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         await b.put(0)
