@@ -48,6 +48,7 @@ START_SECONDS: Final = 40
 # A reader that is killed between our epoll and our read of the device leaves that read waiting for the next request, and
 # with it replies and deadlines. A signal ends it (EINTR). pyfuse3 cannot use a non-blocking device.
 UNSTICK_SECONDS: Final = 2.0
+ENDED_TICK_SECONDS: Final = 1.0
 INVALIDATIONS_QUEUED: Final = 256
 INVALIDATION_THREADS: Final = 2
 
@@ -251,12 +252,19 @@ class _Served:
             for _ in range(INVALIDATION_THREADS):
                 nursery.start_soon(self._invalidate)
             nursery.start_soon(self._find_wrong)
+            nursery.start_soon(self._end_waits)
             await pyfuse3.main(1, kernel.MAX_TASKS)
             # before the channel ends: the node takes that as the end of everything
             self._unlink_socket()
             if self._hold is not None and not self._draining.is_set():
                 self._hold.release()
             nursery.cancel_scope.cancel()
+
+    async def _end_waits(self) -> None:
+        """Once unmounted. Nobody can be waiting any more (who was has been killed), but libfuse waits for its handlers."""
+        while not kernel.has_ended(self._mount.fuse_fd):  # noqa: ASYNC110  # every request would wake a waiter
+            await trio.sleep(ENDED_TICK_SECONDS)
+        self._link.abandon()
 
     async def _keep_link(self, connection: socket.socket) -> None:
         connection.setblocking(False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import socket
 import struct
 from pathlib import Path
@@ -58,6 +59,13 @@ MAX_PAGES: Final = 256  # 1 MiB, the most that kernels take by default
 MAX_READ_AHEAD_BYTES: Final = 1 << 20
 MAX_WRITE_BYTES: Final = 128 << 10  # nothing is ever written; sizes the kernel's check of our read buffer
 _REQUEST_BYTES: Final = (1 << 20) + 4096
+
+
+def has_ended(fuse_fd: int) -> bool:
+    """Whether the connection is over, by an unmount or an abort. Asked, not waited for: every request wakes a waiter."""
+    probe = select.poll()
+    probe.register(fuse_fd, 0)
+    return bool(probe.poll(0))
 
 
 def answer_init(fuse_fd: int) -> bytes:
