@@ -39,7 +39,7 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The pool: chunk bytes on this host's disk."""
 
     check_filesystem: bool = True
-    """refuse state directories on NFS, Lustre, overlayfs and tmpfs"""
+    """refuse state directories on NFS, Lustre, overlayfs, tmpfs and file systems that punch no holes"""
     quota_bytes: int | str = 0
     """most that the pool takes on the disk: a number of bytes, or a text like "200GB", "64GiB" or "80%" (of the file
     system); 0: no limit"""

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,19 @@ _CACHEDIR_TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# Chunks of container images, kept by p2pgz. All of it can be fetched again.\n"
 )
+_NO_PUNCHING: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
+_ELSEWHERE: Final = "choose a directory on a local disk with --state-dir, for example below /var/tmp"
+_HINTS: Final = {
+    errno.EROFS: "mount its file system read-write, or choose another directory with --state-dir",
+    errno.EACCES: "see its owner and mode, or choose another directory with --state-dir",
+    errno.EPERM: "see its owner, mode and attributes, or choose another directory with --state-dir",
+    errno.ENOTDIR: "choose another directory with --state-dir",
+    errno.EEXIST: "choose another directory with --state-dir",
+}
 _FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+_PROBE_BYTES: Final = 8192
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
@@ -162,7 +175,8 @@ def named(error: OSError, what: str) -> PoolFull | StateError:
     if is_full(error):
         hint = "free some space, or raise the disk quota or the limit on file sizes of the node"
         return PoolFull(f"{what}: {error.strerror}", hint=hint)
-    return StateError(f"{what}: {error.strerror}", hint="see the kernel log; the disk may be failing")
+    hint = _HINTS.get(error.errno or 0, "see the kernel log; the disk may be failing")
+    return StateError(f"{what}: {error.strerror}", hint=hint)
 
 
 def file_system_type(directory: Path) -> int:
@@ -175,13 +189,42 @@ def file_system_type(directory: Path) -> int:
 
 
 def refuse_unfit_file_system(directory: Path) -> None:
-    """Raise StateError when the pool would be lost, or wrong, on the file system of `directory`."""
+    """Raise StateError when the pool would be lost, or wrong, or could never shrink, on the file system of `directory`."""
     name = _UNFIT_FILE_SYSTEMS.get(file_system_type(directory))
     if name is not None:
+        raise StateError(f"{directory} is on {name}, which cannot hold the pool", hint=_ELSEWHERE)
+    path = directory / ("holes" + TEMPORARY_SUFFIX)
+    disk = Disk()
+    fd = disk.create(path)
+    try:
+        disk.unlink(path)
+        disk.pwrite(fd, bytes(_PROBE_BYTES), 0)
+        disk.punch(fd, 0, _PROBE_BYTES // 2)
+    except OSError as error:
+        if error.errno in _NO_PUNCHING:
+            raise StateError(
+                f"{directory} is on a file system that punches no holes, so nothing could be evicted",
+                hint=_ELSEWHERE,
+            ) from error
+        if not is_full(error):  # a full disk cannot tell, and was asked when it was not
+            raise
+    finally:
+        os.close(fd)
+
+
+def keep_others_out(directory: Path) -> bool:
+    """Take others' right to write from a directory, so that nobody changes bytes after they were verified; returns whether
+    they had it. Raises StateError when it is another user's."""
+    status = directory.stat()
+    if status.st_uid != os.geteuid():
         raise StateError(
-            f"{directory} is on {name}, which cannot hold the pool",
-            hint="choose a directory on a local disk with --state-dir, for example below /var/tmp",
+            f"{directory} belongs to user {status.st_uid}, and this node runs as user {os.geteuid()}",
+            hint="change its owner, or choose another directory with --state-dir",
         )
+    if not status.st_mode & _OTHERS_WRITE:
+        return False
+    directory.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
+    return True
 
 
 def mark_as_cache(directory: Path, disk: Disk) -> None:

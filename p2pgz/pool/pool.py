@@ -31,7 +31,14 @@ from p2pgz.errors import P2pgzError, PoolFull, StateError
 from p2pgz.pool.catalog import Catalog
 from p2pgz.pool.chunks import DISK_THREADS
 from p2pgz.pool.commit import Committer
-from p2pgz.pool.disk import Disk, locked, mark_as_cache, named, refuse_unfit_file_system
+from p2pgz.pool.disk import (
+    Disk,
+    keep_others_out,
+    locked,
+    mark_as_cache,
+    named,
+    refuse_unfit_file_system,
+)
 from p2pgz.pool.index import FORGET_BITMAPS, Index
 from p2pgz.pool.presence import iterate_bits
 from p2pgz.pool.removal import ChunkRemoval
@@ -99,6 +106,11 @@ class Pool(ChunkRemoval):
                 if check_filesystem:
                     refuse_unfit_file_system(state_dir)
                 disk.mkdir(directory)
+                for owned in (state_dir, directory):
+                    if keep_others_out(owned):
+                        log.warning(
+                            "state.mode_repaired", path=str(owned), effect="only its owner writes there"
+                        )
                 stack.enter_context(locked(state_dir / "lock"))
                 await trio.to_thread.run_sync(mark_as_cache, directory, disk)
                 index = await trio.to_thread.run_sync(Index.open, state_dir / "index.db", disk)
