@@ -166,3 +166,39 @@ def test_a_repository_becomes_private_at_once(folder: Path) -> None:
         file.write_text("")
         reload(holder)
         assert (offered() or 0) >= len(files)
+
+
+def test_a_mounted_image_that_becomes_private_is_not_asked_for_at_peers_any_more(folder: Path) -> None:
+    rules = folder / "rules.toml"
+    rules.write_text("")
+    with RegistryThread.running() as registry, swarm(folder, 2) as (holder, reader):
+        converter = P2pgz(folder / "converter" / "state")
+        converter.home.mkdir()
+        files = {f"f{number}": random.Random(number).randbytes(60_000) for number in range(12)}
+        reference = push_converted(converter, folder / "layout", f"{registry.address}/team/app:t", files)
+        holder.start_node()
+        holder.ok("verify", "--plain-http", reference)
+        reader.start_node(P2PGZ_CONFIG=str(rules))
+        assert reader.peer_ids() == set()
+        bootstrap = json.dumps(holder.addresses())
+        rules.write_text(f"[peers]\nbootstrap = {bootstrap}\n")
+        assert reload(reader)["changed"] == ["peers.bootstrap"]
+        wait_until(reader.peer_ids)
+
+        reader.ok("mount", "--plain-http", reference, reader.root)
+        wait_until(lambda: chunks(reader, "peer", reader.root / "f0"))
+        private = '[[sharing]]\nrepository = "*"\nmode = "none"\n'
+        rules.write_text(f"{private}[peers]\nbootstrap = {bootstrap}\n")
+        reload(reader)
+        (mount,) = reader.status()["mounts"]
+        assert mount["present_bytes"] < mount["bytes"], "all of it is here: nothing is shown"
+        before = reader.sources()
+        assert {name: (reader.root / name).read_bytes() for name in files} == files
+        assert reader.sources()["peer"]["chunks"] == before["peer"]["chunks"]
+        assert reader.sources()["registry"]["chunks"] > before["registry"]["chunks"]
+
+
+def chunks(node: SwarmNode, source: str, path: Path) -> int:
+    path.read_bytes()
+    found: int = node.sources()[source]["chunks"]
+    return found
