@@ -32,6 +32,7 @@ API_SOCKET = "api.sock"
 DESCRIPTOR_SOCKET = "fd.sock"
 # A node starts in well under a second; a slow disk that checks its pool may take longer
 NODE_START_SECONDS = 60.0
+ANSWER_SECONDS = 30.0
 # A node that holds the lock listens soon after; one that never does is broken, and then its lock is the error to show
 RIVAL_START_SECONDS = 5.0
 
@@ -55,12 +56,15 @@ def connect(path: Path) -> socket.socket:
 
 
 class _Connection(http.client.HTTPConnection):
+    """A node that is well begins its answer at once, whatever the request: a stopped or hung one must not hang us."""
+
     def __init__(self, path: Path) -> None:
         super().__init__("localhost")
         self._path = path
 
     def connect(self) -> None:
         self.sock = connect(self._path)
+        self.sock.settimeout(ANSWER_SECONDS)
 
 
 class NodeClient:
@@ -142,7 +146,10 @@ class NodeClient:
             if self._start is not None and not self.is_up():
                 self._start_again()
             connection.request(method, path, None if body is None else json.dumps(body))
+            sock = connection.sock
             response = connection.getresponse()
+            if body is not None:  # the work may take as long as it likes
+                sock.settimeout(None)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NodeUnavailable(
                 f"no node runs at {self.run_path}", hint="start one with `p2pgz node`"
@@ -153,6 +160,7 @@ class NodeClient:
                 hint="name a state directory of your own: --state-dir",
             ) from error
         except (OSError, http.client.HTTPException) as error:
+            connection.close()
             raise NodeUnavailable(f"the node at {self.run_path} does not answer: {error}") from error
         if response.status != 200:
             raise NodeUnavailable(
@@ -167,6 +175,8 @@ def _ended_node() -> Iterator[None]:
     """An answer that breaks off means that the node ended, however that shows."""
     try:
         yield
+    except TimeoutError as error:
+        raise NodeUnavailable("the node does not go on with its answer", hint="is it stopped?") from error
     except (http.client.HTTPException, ConnectionError, json.JSONDecodeError) as error:
         raise NodeUnavailable(
             "the node ended in the middle of the request", hint="see its log; run the command again"

@@ -186,7 +186,11 @@ class HolderClient:
                 continue
             await self.ensure()
             message = json.dumps({"op": "restore", "id": mount_id, "device": int(device)}).encode()
-            with suppress(OSError), await self._connect() as channel:
+            with (
+                suppress(OSError),
+                trio.move_on_after(ANSWER_SECONDS),
+                await self._connect() as channel,
+            ):
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
                 await channel.sendmsg([message], rights)
                 await channel.recv(holder.MESSAGE_BYTES)

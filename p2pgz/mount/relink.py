@@ -172,8 +172,9 @@ async def connect(path: Path, adopt: Adopt) -> tuple[socket.socket, SessionOptio
                 while options is None:
                     options = assembler.feed(*await receive_raw(channel))
             segments = await adopt(options)
-            for datagram, fds in setup.encode_presence(segments):
-                await send(channel, datagram, fds)
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                for datagram, fds in setup.encode_presence(segments):
+                    await send(channel, datagram, fds)
         except (OSError, StateError, trio.TooSlowError) as error:
             raise MountUnavailable(
                 f"{path}: the file system process there does not answer: {error}"
