@@ -27,7 +27,7 @@ from p2pgz.testing.bad_peer import write_chunks
 from p2pgz.testing.registry_faults import Fault
 from tests.e2e.cli.fake_registry_thread import RegistryThread
 from tests.e2e.cli.images import push_converted
-from tests.e2e.peers.swarm import SwarmNode
+from tests.e2e.peers.swarm import SwarmNode, wait_until
 
 FILES = 90
 TAIL_FILES = 8
@@ -148,6 +148,10 @@ class World:
             listener.join()
             assert child.stdout is not None
             child.stdout.close()
+
+    def wait_for_registry_request(self) -> None:
+        """Until a request meets the fault that the registry was given."""
+        wait_until(lambda: any(fault.times < ALWAYS for fault in self.registry.fake.faults))
 
     @contextmanager
     def registry_does(self, **fault: Any) -> Iterator[None]:

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 QUICK_SECONDS = DEADLINE_SECONDS / 2
 # bytes on the way, the interpreter's own ups and downs
 MEMORY_MIB = 48
+REGISTRY_CONNECTIONS = 8  # are kept open for a while
 
 PEER_FAULTS = {
     "wrong-byte": "corrupt",
@@ -64,7 +65,7 @@ def pid(shared: World) -> Iterator[int]:
     yield pid
     assert shared.node.node_pid() == pid
     assert peak_memory_mib(pid) - start < MEMORY_MIB
-    wait_until(lambda: open_descriptors(pid) <= before + 2)
+    wait_until(lambda: open_descriptors(pid) <= before + REGISTRY_CONNECTIONS)
     assert "Traceback" not in shared.node.log()
 
 
