@@ -25,7 +25,7 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
 from p2pgz.mount.records import MountDocument, MountOptions, from_record, to_record
 from p2pgz.mount.relink import mount_id_of
-from p2pgz.mount.roster import listening
+from p2pgz.mount.roster import listening, weeded
 from p2pgz.mount.servers import EROFS, Served, Servers
 from p2pgz.mount.session import FsSession
 from p2pgz.mount.setup import READ_AHEAD_COMPLETE_KB
@@ -236,12 +236,11 @@ class Mounts:
                 nursery.start_soon(
                     self._recover, record, document, paths, record.id in held, open_known, gone
                 )
-        for paths in sockets.values():
-            for path in paths:
-                self.strangers.append(path)
-                log.warning(
-                    "mount.unknown", socket=str(path), effect="it serves what it has until it is unmounted"
-                )
+        for path in weeded([path for paths in sockets.values() for path in paths]):
+            self.strangers.append(path)
+            log.warning(
+                "mount.unknown", socket=str(path), effect="it serves what it has until it is unmounted"
+            )
         self._recovered = True
         return gone
 

@@ -134,3 +134,11 @@ def listening(sockets: Sequence[Path]) -> list[Path]:
                 pass
             alive.append(path)
     return alive
+
+
+def weeded(sockets: Sequence[Path]) -> list[Path]:
+    """The same; the others, which a crash has left, are removed."""
+    alive = listening(sockets)
+    for path in set(sockets).difference(alive):
+        path.unlink(missing_ok=True)
+    return alive

@@ -13,6 +13,7 @@ import pytest
 
 from p2pgz.mount.umount import unmount
 from p2pgz.testing.docker_registry import RunningRegistry, running_registry
+from tests.conftest import is_zombie
 from tests.e2e.restart.fake_systemd import FakeSystemd
 from tests.e2e.restart.lazy_node import LazyNode, push_image, sha256, state_folder, wait_until
 
@@ -54,16 +55,9 @@ def kill_all_of(node: LazyNode) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() and not is_zombie(pid) for pid in pids):
+    while not all(map(is_zombie, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def mounted(node: LazyNode, reference: str, name: str = "root") -> Path:
