@@ -18,6 +18,8 @@ from tests.e2e.peers.swarm import SwarmNode, swarm, wait_until
 from tests.e2e.restart.lazy_node import run, state_folder
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
+# whoever has no peers need not load the DHT's library
+ALONE = {"P2PGZ_PEERS__DHT": "false"}
 DOWN = Fault(status=503, headers={"Retry-After": "3600"}, times=100_000)
 
 
@@ -100,7 +102,7 @@ def test_followed_tag_is_replaced_only_once_the_new_image_is_here(
     folder: Path, registry: RegistryThread, tmp_path: Path
 ) -> None:
     reference = push(tmp_path / "old", registry, files(3))
-    with swarm(folder, 1, P2PGZ_SEED__WATCH_SECONDS="0.3") as (node,):
+    with swarm(folder, 1, **ALONE, P2PGZ_SEED__WATCH_SECONDS="0.3") as (node,):
         node.start_node()
         [old] = node.ok("seed", "--watch", "--json", reference).json()["seeds"]
         push(tmp_path / "new", registry, files(3, 1), files(4))
@@ -136,7 +138,7 @@ def test_configured_seeds_wait_for_the_registry_and_survive_restarts(
 ) -> None:
     reference = push(tmp_path / "layout", registry, files(6))
     registry.spoil(DOWN)
-    with swarm(folder, 1) as (node,):
+    with swarm(folder, 1, **ALONE) as (node,):
         node.start_node(P2PGZ_SEED__IMAGES=reference)
         wait_until(lambda: seeds(node)[reference]["state"] == "waiting")
         assert "503" in seeds(node)[reference]["error"]
@@ -168,7 +170,7 @@ def test_seed_makes_room_and_says_when_there_is_none(
         push(tmp_path / str(n), registry, files(n, count), tag=str(n))
         for n, count in ((20, 12), (21, 8), (22, 24))
     )
-    with swarm(folder, 1, P2PGZ_POOL__QUOTA_BYTES="5000000") as (node,):
+    with swarm(folder, 1, **ALONE, P2PGZ_POOL__QUOTA_BYTES="5000000") as (node,):
         node.start_node()
         node.ok("verify", cold)  # 3.6 MB that nobody needs
         [row] = node.ok("seed", wanted, "--json").json()["seeds"]
@@ -183,7 +185,7 @@ def test_interrupted_command_leaves_the_seed_to_the_node(
     folder: Path, registry: RegistryThread, tmp_path: Path
 ) -> None:
     reference = push(tmp_path / "layout", registry, files(8, 16))
-    with swarm(folder, 1, P2PGZ_SEED__BYTES_PER_SECOND="1000000") as (node,):
+    with swarm(folder, 1, **ALONE, P2PGZ_SEED__BYTES_PER_SECOND="1000000") as (node,):
         node.start_node()
         command = node.start("seed", reference)
         wait_until(lambda: seeds(node) and 0 < seeds(node)[reference]["present_bytes"] < 4_000_000)
@@ -197,7 +199,7 @@ def test_interrupted_command_leaves_the_seed_to_the_node(
 def test_command_line_says_what_is_wrong(folder: Path, registry: RegistryThread, tmp_path: Path) -> None:
     reference = push(tmp_path / "layout", registry, files(7))
     missing = f"{registry.address}/team/app:none"
-    with swarm(folder, 1, P2PGZ_NODE__EPHEMERAL_LINGER_SECONDS="20") as (node,):
+    with swarm(folder, 1, **ALONE, P2PGZ_NODE__EPHEMERAL_LINGER_SECONDS="20") as (node,):
         node.fails(2, "seed")
         node.fails(2, "seed", "--list", reference)
         node.ok("ls", reference)  # starts a node that ends by itself
