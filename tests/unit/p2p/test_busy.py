@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 import trio
 
 from p2pgz.core.digest import Digest
+from p2pgz.core.standing import Fault
+from p2pgz.errors import SourceUnavailable
 from p2pgz.p2p import exchange as exchange_module
-from p2pgz.p2p.connection import DOCUMENTS_AT_ONCE
+from p2pgz.p2p.connection import DOCUMENTS_AT_ONCE, STALL_SECONDS
 from p2pgz.p2p.uploads import Uploads
 from p2pgz.testing.conformance_pool import Layer
-from p2pgz.testing.peers import open_peer
+from p2pgz.testing.peers import Peer, open_peer
 
 # 4 MB that do not compress, in chunks of 100 kB
 LAYER = Layer([[random.Random(n).randbytes(100_000)] for n in range(40)], name=b"busy")
@@ -129,3 +132,32 @@ async def test_document_of_a_peer_that_stays_busy_is_given_up(
         await b.exchange.connect("127.0.0.1", a.port, expected=a.id)
         assert await b.exchange.document(Digest.of(document).raw, limit_bytes=100) is None
         assert a.exchange.uploads.busy == 3
+
+
+async def test_our_own_pause_is_not_the_peers_fault(tmp_path: Path) -> None:
+    uploads = Uploads(slots=1)
+    async with (
+        open_peer(tmp_path / "giver", LAYER, uploads=uploads) as giver,
+        open_peer(tmp_path / "taker", LAYER, chunks=()) as taker,
+        trio.open_nursery() as nursery,
+    ):
+        connection = await taker.exchange.connect("127.0.0.1", giver.port, expected=giver.id)
+        async with uploads.slot():  # it owes us an answer, and does not give it
+            nursery.start_soon(_ask, taker, giver)
+            with trio.fail_after(5):
+                while not connection.downloads.waiting:
+                    await trio.sleep(0.01)
+            after_a_pause = trio.current_time() + 3600
+            connection.look(after_a_pause, lagged=True)
+            connection.look(after_a_pause + STALL_SECONDS - 0.1, lagged=False)
+            assert not connection.ended
+            connection.look(after_a_pause + STALL_SECONDS, lagged=False)
+            assert connection.fault is Fault.SLOW
+        nursery.cancel_scope.cancel()
+
+
+async def _ask(taker: Peer, giver: Peer) -> None:
+    with contextlib.suppress(SourceUnavailable):
+        await taker.exchange.fetch(
+            giver.id, taker.swarm, taker.segment.table, [1], priority=0, landed=taker.landed
+        )
