@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills evict crashpoints soak lint format coverage wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills evict crashpoints soak sim lint format coverage wheel-test docs lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -45,6 +45,13 @@ evict:
 crashpoints:
 	@.ci/setup test
 	@.venv/bin/python -m tests.unit.pool.crash_points $(ARGS)
+
+# N nodes start the same image in the same second, in simulation; one line of JSON. See docs/explanation/scale.md
+# make sim N=1000 ARGS="--seed 7 --dead-share 0.05"
+sim: N ?= 1000
+sim:
+	@.ci/setup test
+	@.venv/bin/python -m p2pgz.testing.sim --nodes $(N) $(ARGS)
 
 # Half an hour of mixed load with random faults; memory, descriptors and tasks may not grow. One line of JSON.
 # make soak ARGS="--minutes 3"

@@ -17,7 +17,6 @@ from typing import Final
 from p2pgz.core.crowdmsg import (
     DEPTH_MAX,
     DEPTH_NONE,
-    HAVE_MAX,
     PENDING_MAX,
     Ask,
     AskFlag,
@@ -46,6 +45,7 @@ REGRANT_SECONDS: Final = 2.0
 PENDING_SECONDS: Final = 0.25
 # Finished this long ago: the tree below the holder has it, too, and any of them may be asked
 HAVE_AFTER_SECONDS: Final = 5.0
+HAVE_NAMED: Final = 2
 RECORD_SECONDS: Final = 120.0
 RECORDS_MAX: Final = 4096
 # Members of a record that may get children. Others are forgotten: there are always more open places than askers
@@ -59,10 +59,11 @@ Sent = list[tuple[bytes, CrowdFrame]]
 class _Seat:
     """A member's place in the tree of an extent."""
 
-    __slots__ = ("children", "depth")
+    __slots__ = ("children", "depth", "since")
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, since: float) -> None:
         self.depth = depth
+        self.since = since
         self.children = 0
 
 
@@ -207,7 +208,7 @@ class HomeDesk:
 
     def _seat_root(self, record: _Record, peer: bytes, now: float) -> None:
         record.root = peer
-        record.seats[peer] = _Seat(0)
+        record.seats[peer] = _Seat(0, now)
         record.granted_at = record.progress_at = now
         record.expires = now + LEASE_SECONDS
         record.got_bytes, record.done_at, record.complete = 0, None, False
@@ -227,9 +228,8 @@ class HomeDesk:
 
     def _place(self, record: _Record, asker: bytes, ask: Ask, now: float, sent: Sent) -> None:
         if record.complete and record.done_at is not None and now - record.done_at > HAVE_AFTER_SECONDS:
-            others = [peer for peer in record.seats if peer != asker and peer not in ask.exclude]
-            if others:
-                few = self._rng.sample(others, min(len(others), HAVE_MAX // 2))
+            few = self._few_who_have_it(record, asker, ask, now)
+            if few:
                 sent.append((asker, Have(ask.request, tuple(few))))
                 return
         may = not ask.flags & AskFlag.NO_GRANT
@@ -240,7 +240,7 @@ class HomeDesk:
         if parent is not None:
             above = record.seats[parent]
             above.children += 1
-            seat = record.seats.pop(asker, None) or _Seat(0)
+            seat = record.seats.pop(asker, None) or _Seat(0, now)
             seat.depth = above.depth + 1
             record.seats[asker] = seat
             self._forget_seats(record)
@@ -254,6 +254,23 @@ class HomeDesk:
             sent += self._serve_waiters(record, now)
         elif len(record.waiters) < WAITERS_MAX:
             record.waiters[asker] = ask
+
+    def _few_who_have_it(self, record: _Record, asker: bytes, ask: Ask, now: float) -> list[bytes]:
+        """Those who sent it least often; the asker is one of them for those who ask later."""
+        seats = record.seats
+        others = [
+            peer
+            for peer, seat in seats.items()
+            if peer != asker and peer not in ask.exclude and now - seat.since >= HAVE_AFTER_SECONDS
+        ]
+        self._rng.shuffle(others)
+        few = sorted(others, key=lambda peer: seats[peer].children)[:HAVE_NAMED]
+        for peer in few:
+            seats[peer].children += 1
+        if few and asker not in seats:
+            seats[asker] = _Seat(DEPTH_MAX, now)
+            self._forget_seats(record)
+        return few
 
     def _pick(self, record: _Record, asker: bytes, ask: Ask) -> bytes | None:
         """A parent: of two at random the one with the smaller depth. None when there is none that would do."""

@@ -7,6 +7,7 @@ the same seed gives the same run. docs/explanation/scale.md says what is modelle
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Final
 from p2pgz.core.crowdmsg import Member, MemberFlag
 from p2pgz.core.homes import ELDER_SECONDS, Electorate
 from p2pgz.core.peerid import PeerId
+from p2pgz.testing.sim_members import SimMember
 from p2pgz.testing.sim_network import MBIT, SimClock, Uplink
 from p2pgz.testing.sim_node import SimNode
 
@@ -48,7 +50,8 @@ class Crowd:
     """None: all nodes have been up for a while; 1: a cold start beside one seed"""
     dead_share: float = 0.0
     dead_within_seconds: float = 1.0
-    restart: bool = False
+    membership: bool = False
+    """simulated as well, rather than known to everybody DETECTION_SECONDS after a death"""
     without_credentials_share: float = 0.0
     partition_seconds: float = 0.0
     """for this long after the start, the first third of the nodes and the rest cannot reach each other"""
@@ -93,6 +96,7 @@ class Simulation:
         self.members = {member.peer: member for member in map(self._member, range(crowd.nodes))}
         self.electorate = Electorate(self.members, NOW)
         self.nodes = [self._node(member) for member in self.members.values()]
+        self.known = [self._knows(node) for node in self.nodes] if crowd.membership else []
         self._plan()
 
     def _member(self, i: int) -> Member:
@@ -111,6 +115,12 @@ class Simulation:
         )  # fmt: skip
         self._peers[member.peer] = node
         return node
+
+    def _knows(self, node: SimNode) -> SimMember:
+        """At a cold start a node knows the seed, and nobody has told the seed of it."""
+        seed, own = self.nodes[0].peer, self.members[node.peer]
+        known = self.members if self.crowd.elders is None else {p: self.members[p] for p in {seed, own.peer}}
+        return SimMember(self, node, own, known, Random(self.rng.random()))
 
     def _plan(self) -> None:
         crowd, rng = self.crowd, self.rng
@@ -134,7 +144,8 @@ class Simulation:
             return
         self.waiting -= 1
         node.die(silent=silent)
-        self.clock.at(self.clock.now + DETECTION_SECONDS, lambda: self._known_dead(node))
+        if not self.crowd.membership:
+            self.clock.at(self.clock.now + DETECTION_SECONDS, lambda: self._known_dead(node))
 
     def _known_dead(self, dead: SimNode) -> None:
         self.members = {peer: member for peer, member in self.members.items() if peer != dead.peer}
@@ -216,7 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
         kind = {"int": int, "float": float, "int | None": int, "bool": int}[str(field.type)]
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
     crowd = Crowd(**vars(parser.parse_args(arguments)))
+    gc.disable()  # millions of objects and hardly a cycle: looking for them takes half of the time
     result = Simulation(crowd).run()
+    gc.enable()
     print(json.dumps({name: getattr(result, name) for name in Result.__dataclass_fields__}))
     return 0 if result.finished == result.alive else 1
 

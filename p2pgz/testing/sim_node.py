@@ -99,6 +99,8 @@ class SimNode:
         )
         self.order: Order[int] = Order()
         self.on_member_frame: Callable[[bytes, CrowdFrame], None] | None = None
+        self.on_member_lost: Callable[[bytes], None] | None = None
+        self.held: list[Callable[[], None]] | None = None
         self._left: dict[int, int] = {}  # extent -> chunks missing
         self._urgent = 0
         self._ticking = False
@@ -119,8 +121,17 @@ class SimNode:
         self.order.add(shuffled(wanted[in_order:], self.rng), Priority.START_UP)
         self.pump()
 
+    def release(self) -> None:
+        """The node has met others, or has waited for them long enough."""
+        held, self.held = self.held, None
+        for ask in held or []:
+            ask()
+
     def pump(self) -> None:
         """Ask for what there is room for."""
+        if self.held is not None:
+            self.held.append(self.pump)
+            return
         now = self.world.clock.now
         for extent, priority in self.order.take():
             chunks = [n for n in self._chunks(extent) if n not in self.present]
@@ -182,6 +193,8 @@ class SimNode:
         """The connection is closed, or cannot be made."""
         self.connected.discard(peer)
         if self.alive:
+            if self.on_member_lost is not None and not dead:
+                self.on_member_lost(peer)
             self.leases.lost(peer, self.world.clock.now, dead=dead)
             self.act()
 
@@ -199,6 +212,7 @@ class SimNode:
         """A chunk is here."""
         if not self.alive:
             return
+        more = False
         if n in self.present:
             self.received_twice += 1
         else:
@@ -207,8 +221,12 @@ class SimNode:
                 self._left[extent] -= 1
                 if not self._left[extent]:
                     self._extent_done(extent)
+                    more = True
         self.leases.landed(SWARM, extent, (n,), size, self.world.clock.now)
-        self.pump()
+        if more:
+            self.pump()
+        else:
+            self.act()
 
     def _extent_done(self, extent: int) -> None:
         del self._left[extent]

@@ -37,6 +37,33 @@ def test_nodes_that_all_start_cold_beside_one_seed() -> None:
     assert crowd(nodes=60, seed=4, elders=1, dead_share=0.2).copies <= 1.2
 
 
+@pytest.mark.parametrize("seed", [11, 12])
+def test_members_that_find_out_themselves_who_died(seed: int) -> None:
+    result = crowd(nodes=100, seed=seed, membership=True, dead_share=0.05)
+    assert result.alive < 100
+    assert result.copies <= 1.2
+    assert result.direct_chunks == 0
+
+
+def test_members_that_come_and_go_while_others_start() -> None:
+    result = crowd(
+        nodes=60,
+        seed=13,
+        membership=True,
+        elders=1,
+        dead_share=0.1,
+        start_within_seconds=15.0,
+        dead_within_seconds=15.0,
+    )
+    assert result.alive < 60
+    assert result.copies <= 1.2
+
+
+def test_members_on_both_sides_of_a_partition() -> None:
+    result = crowd(nodes=60, seed=14, membership=True, partition_seconds=15.0)
+    assert result.copies <= 3.5  # each side fetches, some of it twice until it knows who is left
+
+
 def test_a_slow_registry_is_not_a_dead_one() -> None:
     assert crowd(nodes=60, seed=5, registry_seconds=1.0).copies == 1.0
 

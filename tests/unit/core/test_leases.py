@@ -189,7 +189,13 @@ class TestHome:
         ((_, frame),) = home.ask(b"c", ask(2), 0, later)
         assert isinstance(frame, Have)
         assert set(frame.peers) == {b"a", b"b"}
-        ((_, frame),) = home.ask(b"c", ask(3, exclude=(b"a", b"b")), 0, later)
+        ((_, frame),) = home.ask(b"d", ask(3, exclude=(b"a",)), 0, later)
+        assert frame == Have(3, (b"b",))
+        # those who came late are named as well, once they must have it
+        ((_, frame),) = home.ask(b"e", ask(4), 0, later + HAVE_AFTER_SECONDS)
+        assert isinstance(frame, Have)
+        assert set(frame.peers) == {b"c", b"d"}
+        ((_, frame),) = home.ask(b"c", ask(3, exclude=(b"a", b"b", b"d", b"e")), 0, later)
         assert isinstance(frame, Grant)
 
     def test_a_closed_connection_ends_a_lease_that_is_in_use(self) -> None:
@@ -235,7 +241,7 @@ class TestHome:
         grant(home, b"a")
         record = home._records[SWARM, EXTENT, CLUSTER]
         for i in range(OPEN_MAX):
-            record.seats[b"s%d" % i] = leasehome._Seat(3)
+            record.seats[b"s%d" % i] = leasehome._Seat(3, 0.0)
         home.ask(b"new", ask(), 0, 0.0)
         assert len(record.seats) == OPEN_MAX + 1
         assert b"a" in record.seats
@@ -244,7 +250,7 @@ class TestHome:
         home = desk()
         ref = grant(home, b"a")
         record = home._records[SWARM, EXTENT, CLUSTER]
-        record.seats = {b"a": record.seats[b"a"], b"deep": leasehome._Seat(DEPTH_MAX)}
+        record.seats = {b"a": record.seats[b"a"], b"deep": leasehome._Seat(DEPTH_MAX, 0.0)}
         record.seats[b"a"].children = 2
         assert home.ask(b"b", ask(), 0, 0.0) == []
         # one that had a place under the holder, which is too busy for the others, has it still
