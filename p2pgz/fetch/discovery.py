@@ -175,10 +175,11 @@ class Discovery:
             and await self._connect_indirectly(peer)
         ):
             return True
-        for raw in contact.addresses:
+        for number, raw in enumerate(contact.addresses):
             try:
                 address = PeerAddress.from_bytes(raw)
-                await self._exchange.connect(address.host, address.port, expected=peer)
+                # what the first address cost the peer must not keep us from its second
+                await self._exchange.connect(address.host, address.port, expected=peer, insist=number > 0)
             except (ValueError, P2pgzError) as error:
                 log.debug("discovery.dial_failed", peer=str(peer), reason=str(error))
                 continue
