@@ -203,7 +203,7 @@ class Lane:
                     priority=priority.name,
                     chunks=len(chosen),
                 )
-                await fetch_range(origin, plan, report=report, pace=pace)
+                await fetch_range(origin, plan, report=report, pace=pace, arrivals=self._pool.arrivals)
             self._requeue(origin, remaining, SourceUnavailable(f"{origin.source.name}: chunks were left out"))
         except P2pgzError as error:
             self._requeue(origin, remaining, error)

@@ -22,6 +22,8 @@ from p2pgz.pool.pool import Pool, Segment
 
 # A thread hop costs about 60 us, inflating and hashing 64 KiB of compressed bytes about 300 us: below, it does not pay
 THREAD_FROM_BYTES = 64 << 10
+# Chunks of so many bytes go to the disk before the next member is inflated: 64 KiB from the wire can be as much as 64 MiB
+REPORT_BYTES = 4 << 20
 
 Outcomes = list[tuple[int, VerifiedChunk | ChunkCorrupt]]
 
@@ -32,8 +34,11 @@ async def fetch_range(
     *,
     report: Callable[[Outcomes], Awaitable[None]],
     pace: Callable[[int], Awaitable[None]],
+    arrivals: trio.CapacityLimiter,
 ) -> None:
     """Run one request and report each chunk of `plan`, verified or corrupt, once, as soon as it is complete.
+
+    Holds a token of `arrivals` while chunks are between the wire and the disk, at most about REPORT_BYTES of them.
 
     Raises SourceUnavailable (and its kin) when the request itself breaks; chunks not reported by then were not fetched.
     `pace(count)` is awaited with the number of bytes received, before the next piece is read.
@@ -51,8 +56,12 @@ async def fetch_range(
                 first_byte_at = trio.current_time()
             received += len(piece)
             origin.received_bytes += len(piece)
-            if outcomes := await members.feed(piece):
-                await report(outcomes)
+            rest = memoryview(piece)
+            while rest:
+                async with arrivals:
+                    outcomes, rest = await members.feed(rest)
+                    if outcomes:
+                        await report(outcomes)
             await pace(len(piece))
     if received:
         body_seconds = trio.current_time() - first_byte_at
@@ -73,10 +82,13 @@ async def harvest(
     for plan in plan_ranges(table, inside, gap_bytes=len(data), max_bytes=len(data)):
         if plan.end > start + len(data):
             continue
-        outcomes = await _MemberFeed(table, source, plan).feed(data[plan.start - start : plan.end - start])
-        chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
-        await pool.add_many(segment, chunks)
-        kept += chunks
+        members = _MemberFeed(table, source, plan)
+        rest = memoryview(data)[plan.start - start : plan.end - start]
+        while rest:
+            outcomes, rest = await members.feed(rest)
+            chunks = [(n, outcome) for n, outcome in outcomes if isinstance(outcome, VerifiedChunk)]
+            await pool.add_many(segment, chunks)
+            kept += chunks
     return kept
 
 
@@ -93,6 +105,7 @@ class _MemberFeed:
         self._member: MemberPlan | None = None
         self._inflater: MemberInflater | None = None
         self._reported: set[int] = set()
+        self._made_bytes = 0
         self._next()
 
     def _next(self) -> None:
@@ -103,17 +116,18 @@ class _MemberFeed:
             wanted = [(inner, size) for _, _, inner, size in self._member.wanted]
             self._inflater = MemberInflater(self._compression, wanted)
 
-    async def feed(self, data: bytes) -> Outcomes:
-        """What becomes of the next bytes of the response, in a worker thread when they are worth the hop."""
+    async def feed(self, data: memoryview) -> tuple[Outcomes, memoryview]:
+        """What becomes of the next bytes of the response, in a worker thread when they are worth the hop, and those of
+        them that are left for the next call."""
         if len(data) >= THREAD_FROM_BYTES:
             return await trio.to_thread.run_sync(self.process, data)
         return self.process(data)
 
-    def process(self, data: bytes) -> Outcomes:
+    def process(self, view: memoryview) -> tuple[Outcomes, memoryview]:
         """Inflate and verify: each chunk comes once, verified or with what is wrong with it."""
         outcomes: Outcomes = []
-        view = memoryview(data)
-        while view and self._member is not None:
+        self._made_bytes = 0
+        while view and self._member is not None and self._made_bytes < REPORT_BYTES:
             member = self._member
             skip = member.start - self._at
             if skip > 0:
@@ -126,7 +140,7 @@ class _MemberFeed:
             self._inflate(member, piece, outcomes, ended=ended)
             if ended:
                 self._next()
-        return outcomes
+        return outcomes, view if self._member is not None else view[len(view) :]
 
     def _advance(self, view: memoryview, count: int) -> memoryview:
         self._at += min(count, len(view))
@@ -139,6 +153,7 @@ class _MemberFeed:
         try:
             for index, payload in inflater.feed(piece):
                 n, piece_no, _, _ = member.wanted[index]
+                self._made_bytes += len(payload)
                 outcome = self._assembly.add(n, piece_no, payload)
                 if outcome is not None:
                     outcomes.append((n, outcome))

@@ -35,6 +35,8 @@ log = structlog.get_logger(component="pool")
 INLINE_BYTES = 64 << 10
 # Threads for chunk bytes: two saturate the hash on two cores, the others wait for the disk
 DISK_THREADS = 4
+# Batches of some MiB that may be between wire and disk at a time; the disk takes them one by one anyway
+ARRIVALS = 16
 # The loop is to answer within 10 ms
 INLINE_SECONDS = 0.002
 # Writes that find no room are tried again this often after something was evicted for them
@@ -76,6 +78,8 @@ class ChunkStore:
         self.room: Room | None = None
         """nobody: what finds no room on the disk is an error"""
         self.overflow = Overflow(0)
+        self.arrivals = trio.CapacityLimiter(ARRIVALS)
+        """held by whoever makes chunks of what came from the wire, until they are added: a slow disk slows down all"""
         self.admitted_bytes = 0
         """on their way to the disk: those that come meanwhile must not be admitted to the same room"""
         self._closed = False
