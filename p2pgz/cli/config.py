@@ -37,8 +37,11 @@ def show(settings: Settings, /, origin: bool, as_json: bool) -> None:
 @config.command()
 @click.pass_obj
 def check(settings: Settings, /) -> None:
-    """Check the configuration file and the environment; says nothing and exits 0 when all is right."""
-    settings.load()
+    """Check the configuration file, the environment and the files that they name; says nothing and exits 0 when all is
+    right."""
+    from p2pgz.node import live
+
+    live.check(settings.load().config)
 
 
 @config.command()

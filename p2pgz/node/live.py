@@ -16,6 +16,7 @@ import trio
 from p2pgz.config import Config, PeersConfig, SharingRule, flatten
 from p2pgz.core.admission import Admission
 from p2pgz.core.multiaddress import PeerAddress
+from p2pgz.core.peerid import PeerId
 from p2pgz.core.reference import Reference
 from p2pgz.core.sharing import Mode, Policy, Rule
 from p2pgz.errors import P2pgzError
@@ -195,8 +196,18 @@ class LiveSettings:
             await peering.readmit(prepared.admission)
 
 
+def check(config: Config) -> None:
+    """What a node would refuse of a configuration, at start or at a reload; raises ConfigError."""
+    _prepare(config)
+
+
 def _prepare(config: Config) -> _Prepared:
     peers = config.peers
+    # for the next start: who writes it now wants to know now
+    for text in peers.listen:
+        PeerAddress.parse(text, where="peers.listen", any_port=True)
+    for text in peers.trusted_indexers:
+        PeerId.parse(text)
     return _Prepared(
         policy=policy_of(config.sharing),
         seeds=configured_seeds(config.seed),

@@ -92,6 +92,15 @@ def test_configuration_errors_have_their_own_code(tmp_path):
     assert str(path) in error
 
 
+def test_what_a_node_would_refuse_is_refused_by_the_check(tmp_path):
+    path = tmp_path / "p2pgz.toml"
+    for text in ('listen = ["nowhere"]', 'cluster_key_file = "/nowhere"', 'allow = ["nowhere"]'):
+        path.write_text(f"[peers]\n{text}\n")
+        code, _, error = call("--config", str(path), "config", "check")
+        assert code == 15
+        assert "nowhere" in error
+
+
 def test_the_default_configuration_checks(tmp_path):
     code, out, _ = call("config", "default")
     assert code == 0
