@@ -3,7 +3,7 @@
 Made by `fetch.race`, which holds what all chases share. A chunk is asked of one peer at a time, and of one more if that one
 is slow. What a peer does not give is asked of the next holder at once; a peer that is busy is asked again when it said, if
 nobody better has come by then; what no peer has goes to the source at once; and when nothing has landed for a second, the
-source is asked for all of it while the peers go on.
+source and a further peer are asked for all of it while the others go on.
 """
 
 from __future__ import annotations
@@ -110,11 +110,14 @@ class Chase:
         until = self._ask_idle(nursery, now)
         if self._hedge_at <= now:
             self._hedge_at = math.inf
-            self._hedge(nursery, now)
+            if not self._landed:
+                self._ask_second(nursery, now, within_budget=True)
         if self._give_at <= now:
             self._give_at = now + PROGRESS_SECONDS  # what fails there comes back here
             self._given = True
             self._give([n for n in self._left if not flights[n].at_source])
+            # who has stopped in the middle has as good as failed
+            self._ask_second(nursery, now, within_budget=False)
         if self._given:
             until = min(until, now + LOOK_SECONDS)  # nobody tells us that the source has won
         deadline = min((flights[n].deadline for n in self._left if _waits(flights[n])), default=math.inf)
@@ -150,14 +153,12 @@ class Chase:
                 later[n] = min(free_at, later.get(n, math.inf))
         return plan, later
 
-    def _hedge(self, nursery: trio.Nursery, now: float) -> None:
-        """Nothing has come so far: ask a second holder for what somebody waits for, if that is within the budget."""
-        if self._landed:
-            return
+    def _ask_second(self, nursery: trio.Nursery, now: float, *, within_budget: bool) -> None:
+        """Ask further holders for what somebody waits for and who was asked does not bring."""
         flights = self._origin.flights
         plan, _ = self._choose([n for n in self._left if self._asking[n] and _waits(flights[n])], now)
         for peer, chunks in plan.items():
-            if self._shared.budget.hedge(self._bytes_of(chunks)):
+            if not within_budget or self._shared.budget.hedge(self._bytes_of(chunks)):
                 for n in chunks:
                     flights[n].hedges += 1
                 self._ask(nursery, peer, chunks, hedge=True)

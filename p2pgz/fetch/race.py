@@ -120,7 +120,13 @@ class Race:
         self._offer(origin, list(origin.flights.values()))
 
     def _offer(self, origin: Origin, flights: Sequence[Flight]) -> None:
-        waiting = [f.n for f in flights if f.at_source and not f.chased]
+        now = trio.current_time()
+        waiting = [
+            f.n
+            for f in flights
+            # what a reader has waited for in vain is about to fail where it is
+            if f.at_source and not f.chased and (f.deadline > now or f.priority > Priority.READ_AHEAD)
+        ]
         swarm = swarm_of(origin) if waiting else None
         if swarm is None:
             return

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -206,6 +206,23 @@ async def test_source_that_fails_does_not_end_what_a_peer_still_brings(autojump_
         b.peers.fates = {"slow": gives(3.5)}
         assert await b.read([0]) == 3.5
         assert [seconds for seconds, _ in b.lane.given] == [1.0, 2.0, 3.0]  # and it is asked again meanwhile
+
+
+@pytest.mark.trio
+async def test_peer_that_stops_in_the_middle_is_replaced_though_the_source_fails(
+    autojump_clock: MockClock,
+) -> None:
+    async def stops(chunks: Sequence[int], give: Give) -> None:
+        await give(chunks[:1])
+        await trio.sleep_forever()
+
+    async with racing() as b:
+        b.lane.seconds, b.lane.error = 0.1, GONE
+        b.peers.fates = {"stops": stops, "other": stops, "third": gives()}
+        assert await b.read([0, 1, 2]) == 2.0
+        assert b.peers.times("other") == [1.0]
+        assert b.peers.times("third") == [2.0]
+        assert b.race.budget.hedged_bytes == 0
 
 
 @pytest.mark.trio
@@ -437,6 +454,7 @@ async def _ended(flight: object) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(66697)  # offered to peers at the very moment at which the source failed, beyond the deadline
 @given(st.integers(0, 2**32))
 def test_every_flight_ends_whatever_peers_and_source_do(seed: int) -> None:
     trio.run(_live, seed, clock=MockClock(autojump_threshold=0))
