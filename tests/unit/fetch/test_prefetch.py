@@ -105,6 +105,19 @@ async def test_reader_of_a_listed_chunk_takes_no_unlisted_neighbours_along_until
         assert len(here(b)) > 3
 
 
+async def test_pool_that_is_partly_filled_is_completed(tmp_path):
+    async with bench(tmp_path) as b:
+        count = b.table.chunk_count
+        await b.fetcher.ensure_chunks(b.segment, range(0, count, 2), Priority.START_UP)
+        before = b.source.requests.copy()
+        b.source.requests.clear()
+        work = Prefetch(b.fetcher)
+        await work.run(wanted(b, *range(count)))
+        assert before
+        assert b.everything_is_right()
+        assert (work.listed_chunks, work.chunks) == (count, count // 2)
+
+
 async def test_failures_are_left_to_readers(tmp_path, autojump_clock):
     async with bench(tmp_path) as b:
         b.source.faults.extend([Fault(0, SourceUnavailable("down"))] * 50)
