@@ -36,6 +36,7 @@ def status(settings: Settings, /, as_json: bool) -> None:
             f"{mount['dir'] or '(not attached)'}  {mount['ref']}  {mount['mode']}  {mount['state']}  "
             f"{human_bytes(mount['present_bytes'])} of {human_bytes(mount['bytes'])} here ({share:.0f} %)"
         )
+        _show_start(mount.get("startup") or {})
     if not document["mounts"]:
         click.echo("no mounts")
     for seed in document["seeds"]:
@@ -56,6 +57,17 @@ def status(settings: Settings, /, as_json: bool) -> None:
     if document["node"]["faulty_peers"]:
         faults = ", ".join(f"{count} {fault}" for fault, count in node["faults"].items() if count)
         click.echo(f"peers out of their place: {len(node['faulty_peers'])}; faults so far: {faults}")
+
+
+def _show_start(start: dict[str, Any]) -> None:
+    """How well the start-up list has guessed, if there was one."""
+    if not start.get("listed_chunks"):
+        return
+    hits = 100 * start["hit_chunks"] / start["read_chunks"] if start["read_chunks"] else 0
+    click.echo(
+        f"  start: {human_bytes(start['prefetched_bytes'])} fetched ahead by a list of {start['listed_chunks']} chunks, "
+        f"which named {hits:.0f} % of what was read"
+    )
 
 
 def _requests(counts: dict[str, Any]) -> str:

@@ -103,6 +103,7 @@ def test_second_start_asks_for_what_the_first_one_read_and_for_little_else(
             wait_until(lambda: state(node)["hit_chunks"] >= len(STARTING))  # told beside the reads
             now = state(node)
             assert (now["recordings"], now["peer_lists"]) == (1, 0)
+            assert f"a list of {now['listed_chunks']} chunks, which named" in node.ok("status").out
             received = node.sources()["registry"]["bytes"] - received
             assert received <= 1.1 * now["listed_bytes"]
             assert mode == "erofs" or now["listed_bytes"] == STARTING_BYTES
