@@ -235,21 +235,20 @@ class Chase:
     async def _keep(self, peer: PeerId, good: list[tuple[int, VerifiedChunk]]) -> None:
         """Into the pool; whoever else fetches one of these has lost."""
         origin, shared = self._origin, self._shared
-        wanted = [(n, chunk) for n, chunk in good if not origin.segment.presence.has(n)]
-        shared.counters.wasted_bytes += sum(len(chunk) for _, chunk in good) - sum(
-            len(chunk) for _, chunk in wanted
-        )
+        new = {n: chunk for n, chunk in good if not origin.segment.presence.has(n)}
         error: P2pgzError | None = None
         try:
-            await shared.pool.add_many(origin.segment, wanted)
+            await shared.pool.add_many(origin.segment, list(new.items()))
         except P2pgzError as failure:  # this host's own trouble: nobody else could help
             error = failure
-        else:
-            shared.counters.from_peers(chunk for _, chunk in wanted)
-        for n, _ in good:
+        for n, chunk in good:
             flight = origin.flights.pop(n, None)
             origin.wanted.pop(n, None)
             self._left.pop(n, None)
+            if flight is None or n not in new:  # somebody else was quicker, perhaps while it was written
+                shared.counters.wasted_bytes += len(chunk)
+            elif error is None:
+                shared.counters.from_peers([chunk])
             if flight is None:
                 continue
             if error is None:

@@ -454,6 +454,7 @@ async def _ended(flight: object) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(2076)  # two peers brought the same chunk at the same moment
 @example(66697)  # offered to peers at the very moment at which the source failed, beyond the deadline
 @given(st.integers(0, 2**32))
 def test_every_flight_ends_whatever_peers_and_source_do(seed: int) -> None:
