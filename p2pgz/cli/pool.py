@@ -49,6 +49,8 @@ def stat(settings: Settings, /, as_json: bool) -> None:
     )
     if document["state"] == "full":
         click.echo("FULL: chunks are served without being kept until there is room")
+    if document["state"] == "failing":
+        click.echo(f"FAILING: chunks are served without being kept: {document['error']}")
     for pin in document["pins"]:
         click.echo(f"pinned: {pin['ref']}  {pin['digest']}" + (" (seed)" if pin["owner"] == "seed" else ""))
 

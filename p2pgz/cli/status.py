@@ -44,7 +44,9 @@ def status(settings: Settings, /, as_json: bool) -> None:
             f"seed {seed['ref']}  {seed['state']}  "
             f"{human_bytes(seed['present_bytes'])} of {human_bytes(seed['bytes'])}"
         )
-    full = "; FULL: nothing more is kept" if pool.get("state") == "full" else ""
+    full = {"full": "; FULL: nothing more is kept", "failing": f"; FAILING: {pool['error']}"}.get(
+        pool["state"], ""
+    )
     click.echo(f"pool: {human_bytes(pool['bytes'])} in {pool['chunks']} chunks{full}")
     for source, counts in document["sources"].items():
         click.echo(

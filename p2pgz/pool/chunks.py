@@ -83,6 +83,8 @@ class ChunkStore:
         self.admitted_bytes = 0
         """on their way to the disk: those that come meanwhile must not be admitted to the same room"""
         self._closed = False
+        self.failing = ""
+        """why the disk takes no chunks, though it is not full: the last word of it"""
         self._gave_way = 0.0
         self._counts: Counter[str] = Counter()
 
@@ -90,8 +92,8 @@ class ChunkStore:
         """Put a chunk in its place; it is present when this returns, and durable about a second later.
 
         Idempotent, safe to cancel. Raises PoolFull or StateError when the disk refuses, ValueError when
-        `chunk` is not chunk `n`; it is not present then. A pool with an overflow does not raise PoolFull but
-        has the chunk there for a while (`unkept`).
+        `chunk` is not chunk `n`; it is not present then. A pool with an overflow raises neither of the first two
+        but has the chunk there for a while (`unkept`).
         """
         await self.add_many(segment, [(n, chunk)])
 
@@ -122,7 +124,9 @@ class ChunkStore:
 
         try:
             await self._store_with_room(segment, writes, write)
-        except PoolFull:
+        except (PoolFull, StateError) as error:
+            if isinstance(error, StateError):
+                self._note_failing(error)
             for n in writes:
                 if not presence.has(n) and not self.overflow.put(segment, n, given[n]):
                     raise
@@ -177,13 +181,13 @@ class ChunkStore:
 
     @property
     def keeps(self) -> bool:
-        """False while chunks go through memory to their readers, since the disk is full."""
-        return self.room is None or self.room.keeps
+        """False while chunks go through memory to their readers, since the disk is full or failing."""
+        return not self.failing and (self.room is None or self.room.keeps)
 
     @property
     def has_slack(self) -> bool:
         """Whether there is room for what nobody waits for: it must not push out what somebody has read."""
-        return self.room is None or self.room.has_slack()
+        return not self.failing and (self.room is None or self.room.has_slack())
 
     @property
     def written_bytes(self) -> int:
@@ -230,7 +234,16 @@ class ChunkStore:
                     self.overflow.drop(segment, n)
                 segment.touch(fresh)
                 self._counts["written_bytes"] += segment.bytes_of(fresh)
+                if fresh and self.failing:
+                    self.failing = ""
+                    log.info("pool.writes_again")
             segment.release(chunks)
+
+    def _note_failing(self, error: StateError) -> None:
+        if not self.failing:
+            effect = "chunks are served without being kept"
+            log.error("pool.cannot_write", reason=str(error), effect=effect)
+        self.failing = error.what
 
     async def flush(self) -> None:
         """Make all that was added durable now. Raises PoolFull or StateError when the index cannot be written."""

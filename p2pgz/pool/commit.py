@@ -18,7 +18,7 @@ import trio
 from p2pgz.core.content import content_key
 from p2pgz.core.layout import FileExtent
 from p2pgz.core.model import MAX_CHUNK_BYTES, Chunk
-from p2pgz.errors import P2pgzError, PoolFull
+from p2pgz.errors import P2pgzError
 from p2pgz.pool.disk import Disk
 from p2pgz.pool.index import Index
 from p2pgz.pool.presence import Presence
@@ -55,7 +55,7 @@ class Committer:
         self._dirty: dict[int, Segment] = {}
         self._fresh: dict[tuple[str, bytes], tuple[Segment, int]] = {}
         self._unrecorded: dict[int, tuple[Segment, set[int]]] = {}
-        """synced, but the index had no room to say so: part of the next commit"""
+        """synced, but the index could not say so: part of the next commit"""
         self._full = trio.Event()
         self._some = trio.Event()
         self._drained = trio.Event()
@@ -138,7 +138,7 @@ class Committer:
             self._unrecorded.clear()
             try:
                 await self._commit(batches)
-            except PoolFull:
+            except P2pgzError:
                 self._unrecorded = {segment.row: (segment, set(batch)) for segment, batch in batches}
                 raise
         finally:

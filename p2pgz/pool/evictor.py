@@ -172,6 +172,8 @@ class Evictor:
             await self._pool.take_reserve()
             await self._measure()
             await self._try_to_keep()
+        elif self._pool.failing and (waiting := self._pool.overflow.oldest()) is not None:
+            await self._pool.write_out(*waiting)
 
     def _excess(self) -> int:
         return excess_bytes(
@@ -346,7 +348,8 @@ class Evictor:
         """For the status document."""
         states = self._states()
         return {
-            "state": "keeping" if self._keeps else "full",
+            "state": "failing" if self._pool.failing else "keeping" if self._keeps else "full",
+            "error": self._pool.failing,
             "free_floor_bytes": self._floor_bytes,
             "allocated_bytes": self.used_bytes,
             "pinned_bytes": sum(state.held_bytes for state in states if state.pinned),

@@ -21,6 +21,8 @@ class FaultyDisk(Disk):
 
     def __init__(self, *, room_bytes: int | None = None, fail_syncs: int = 0) -> None:
         self.room_bytes = room_bytes
+        self.errno = errno.ENOSPC
+        """what it says when it is full"""
         self.fail_syncs = fail_syncs
         self.before_sync: Callable[[], None] = lambda: None
         self.before_punch: Callable[[], None] = lambda: None
@@ -34,7 +36,7 @@ class FaultyDisk(Disk):
         if self.room_bytes is not None and len(view) > self.room_bytes:
             super().pwrite(fd, view[: self.room_bytes], offset)
             self.room_bytes = 0
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self.errno, os.strerror(self.errno))
         super().pwrite(fd, view, offset)
         if self.room_bytes is not None:
             self.room_bytes -= len(view)

@@ -254,7 +254,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(DISK_BYTES)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, directory], check=True)
+    subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, directory], check=True)
     yield directory
     subprocess.run(["umount", "-l", directory], check=True)
 
@@ -320,3 +320,31 @@ def test_full_disk_costs_no_reader_anything_and_ends_by_itself(
     assert wrong(root, hashes) == []
     assert ask_status(node)["sources"]["registry"]["bytes"] == fetched  # they are kept
     assert not (node.state / "index.db.damaged").exists()
+
+
+@pytest.mark.tools("mkfs.ext4")
+def test_file_system_that_an_error_made_read_only_costs_no_reader_anything(
+    small_disk: Path, make_node: Callable[..., LazyNode], images: list[Image]
+) -> None:
+    node, (reference, hashes, _) = make_node("disk/state"), images[0]
+    root = mounted(node, reference)
+    early = dict(list(hashes.items())[:4])
+    assert wrong(root, early) == []
+    until_synced(node)
+    source = subprocess.run(
+        ["findmnt", "-no", "SOURCE", small_disk], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    trigger = Path("/sys/fs/ext4") / Path(source).name / "trigger_fs_error"
+    if not trigger.exists():
+        pytest.skip("this kernel cannot be told to find an error")
+    trigger.write_text("1")
+    with pytest.raises(OSError, match="Read-only"):
+        (small_disk / "probe").write_text("")
+    for _ in range(2):
+        assert wrong(root, hashes) == []
+        drop_caches(root)
+    pool = ask_status(node)["pool"]
+    assert pool["state"] == "failing"
+    assert "Read-only" in pool["error"]
+    assert "FAILING" in node.call("status").stdout
+    assert "FAILING" in node.call("pool", "stat").stdout

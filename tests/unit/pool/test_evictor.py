@@ -278,10 +278,12 @@ async def test_what_came_just_now_and_what_is_in_work_stays(tmp_path: Path) -> N
         segment.release([1])
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 async def test_without_anything_to_evict_chunks_are_served_and_not_kept_until_there_is_room(
-    tmp_path: Path,
+    tmp_path: Path, code: int
 ) -> None:
     layer, disk = layer_of(21), FaultyDisk(room_bytes=10 * CHUNK)
+    disk.errno = code
     async with pool_of(tmp_path, disk, overflow_bytes=4 * CHUNK) as (pool, evictor, _):
         segment = await pool.open_segment(layer.layout)
         for n, chunk in layer.all_verified():
@@ -565,3 +567,56 @@ async def test_node_that_was_killed_starts_on_a_full_disk_and_believes_no_bitmap
     with pytest.raises(PoolFull):  # the flag of a clean stop has to be taken down first
         async with pool_of(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EIO])
+async def test_disk_that_refuses_writes_costs_no_reader_anything_and_is_tried_again(
+    tmp_path: Path, code: int
+) -> None:
+    layer, disk = layer_of(30, chunks=8), FaultyDisk()
+    disk.errno = code
+    async with pool_of(tmp_path, disk) as (pool, evictor, _):
+        segment = await pool.open_segment(layer.layout)
+        disk.room_bytes = 0
+        for n, chunk in layer.all_verified():
+            await pool.add(segment, n, chunk)
+            assert pool.unkept(segment, n) == chunk
+        status = evictor.status()
+        assert status["state"] == "failing"
+        assert os.strerror(code) in status["error"]
+        assert not pool.keeps
+        assert not pool.has_slack
+        with pytest.raises(StateError):
+            await evictor._look()
+        disk.room_bytes = None
+        await evictor._look()  # nobody reads: it finds out by itself
+        assert (evictor.status()["state"], evictor.status()["error"]) == ("keeping", "")
+        assert len(here(segment)) == 1
+        await pool.add_many(segment, layer.all_verified())
+        assert check_content(segment, layer) == 8
+        assert len(pool.overflow) == 0
+
+
+async def test_what_a_failing_index_could_not_record_is_recorded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(31, chunks=8)
+    async with pool_of(tmp_path) as (pool, _, _):
+        segment = await pool.open_segment(layer.layout)
+        await pool.add_many(segment, layer.all_verified())
+        write, failing = Index._write, True
+
+        async def fail(self: Index, change: Any, **options: bool) -> Any:
+            if failing:
+                await trio.lowlevel.checkpoint()
+                raise StateError("the index cannot be used: disk I/O error")
+            return await write(self, change, **options)
+
+        monkeypatch.setattr(Index, "_write", fail)
+        with pytest.raises(StateError):
+            await pool.flush()
+        failing = False
+        await pool.flush()
+        assert pool.stats().chunks == 8
+    async with pool_of(tmp_path) as (pool, _, _):
+        assert len(here(pool.segment(layer.toc.digest))) == 8  # type: ignore[arg-type]
