@@ -28,6 +28,7 @@ from p2pgz.mount.servers import Servers
 from p2pgz.mount.session import FsHost
 from p2pgz.mount.startup import StartUps
 from p2pgz.mount.users import SegmentUsers
+from p2pgz.node.cycles import collect_cycles
 from p2pgz.node.live import LiveSettings, Read, policy_of
 from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
@@ -152,6 +153,7 @@ async def run_node(
     async with open_node(config, state_path, run_path, replace_fs=replace_fs, ephemeral=ephemeral) as node:
         tell({"event": "ready", "pid": os.getpid()})
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(collect_cycles)
             if ephemeral:
 
                 async def end_when_idle() -> None:

@@ -1,0 +1,63 @@
+"""Cyclic garbage of a node does not gather for ever, and looking for it does not take the node's time."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from p2pgz.node import cycles
+
+pytestmark = pytest.mark.trio
+
+
+class Connection:
+    """Something that refers to itself, as closed connections do."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture(autouse=True)
+def _as_in_the_daemon() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
+async def test_a_closed_connection_is_gone_within_a_minute_or_two(autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cycles.collect_cycles)
+        await trio.sleep(1)
+        closed = weakref.ref(Connection())
+        gc.collect(1)  # old by now: only a full collection finds it
+        await trio.sleep(2 * cycles.EVERY_SECONDS)
+        assert closed() is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_takes_long_is_done_rarely(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at: list[float] = []
+
+    def slow() -> None:
+        at.append(trio.current_time())
+        time.sleep(0.05)
+
+    monkeypatch.setattr(gc, "collect", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cycles.collect_cycles)
+        await trio.sleep(1000)
+        nursery.cancel_scope.cancel()
+    pauses = [b - a for a, b in pairwise(at)]
+    assert pauses
+    assert all(pause >= 0.05 / cycles.SHARE for pause in pauses)
