@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
+
+from p2pgz.core.schedule import Priority
 
 # A peer in the same rack answers in a millisecond; below this a pause of either event loop would count as slowness
 HEDGE_MIN_SECONDS: Final = 0.02
@@ -21,6 +23,7 @@ HEDGE_SHARE: Final = 0.05
 HEDGE_ALLOWANCE_BYTES: Final = 8 << 20
 SAMPLES: Final = 64
 QUANTILE: Final = 0.9
+BUSY_PEERS_MAX: Final = 4096
 # What a peer is assumed to send before it has been measured: half of 1 Gbit/s
 RATE_UNKNOWN_BYTES_PER_SECOND: Final = 60e6
 
@@ -67,6 +70,27 @@ class HedgeBudget:
 
 
 PeerT = TypeVar("PeerT", bound=Hashable)
+
+
+class BusyPeers(Generic[PeerT]):
+    """Who wants to be left alone until when. Who has no room for the background may still serve a blocked read."""
+
+    __slots__ = ("_until",)
+
+    def __init__(self) -> None:
+        self._until: dict[PeerT, list[float]] = {}
+
+    def note(self, peer: PeerT, priority: int, until: float) -> None:
+        """A request of this class was refused; those of lesser ones would be, too."""
+        times = self._until.pop(peer, None) or [0.0] * len(Priority)
+        self._until[peer] = times[:priority] + [max(until, time) for time in times[priority:]]
+        if len(self._until) > BUSY_PEERS_MAX:
+            del self._until[next(iter(self._until))]
+
+    def until(self, peer: PeerT, priority: int) -> float:
+        """When a request of this class may be sent."""
+        times = self._until.get(peer)
+        return times[priority] if times is not None else 0.0
 
 
 def assign(

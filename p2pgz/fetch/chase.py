@@ -17,8 +17,8 @@ import structlog
 import trio
 
 from p2pgz.core.peerid import PeerId
-from p2pgz.core.ports import PeerSource
-from p2pgz.core.race import PROGRESS_SECONDS, HedgeBudget, Latencies
+from p2pgz.core.ports import PeerAnswer, PeerSource
+from p2pgz.core.race import PROGRESS_SECONDS, BusyPeers, HedgeBudget, Latencies
 from p2pgz.core.schedule import Priority
 from p2pgz.core.verify import VerifiedChunk
 from p2pgz.errors import P2pgzError, PeerFault
@@ -44,16 +44,11 @@ class Shared(Protocol):
     pool: Pool
     counters: Counters
     budget: HedgeBudget
-    busy_until: dict[PeerId, float]
-    """peers that have said that they are busy"""
+    busy: BusyPeers[PeerId]
     to_source: Callable[[Origin, Sequence[int]], None]
 
     def latencies(self, peer: PeerId) -> Latencies:
         """What is known of a peer's speed."""
-        ...
-
-    def is_busy(self, peer: PeerId, seconds: float) -> None:
-        """A peer wants to be left alone for a while."""
         ...
 
     def note(self, origin: Origin, flight: Flight, peer: PeerId) -> None:
@@ -85,7 +80,7 @@ class Chase:
         """Ask until there is nothing left to ask for."""
         try:
             async with trio.open_nursery() as nursery:
-                if self._shared.busy_until.get(self._first, 0.0) <= trio.current_time():
+                if self._shared.busy.until(self._first, self._priority(self._left)) <= trio.current_time():
                     self._ask(nursery, self._first, list(self._left))
                 while self._left:
                     until = self._step(nursery)
@@ -138,14 +133,14 @@ class Chase:
     def _choose(self, chunks: Iterable[int], now: float) -> tuple[dict[PeerId, list[int]], dict[int, float]]:
         """For each chunk the best holder that was not asked yet; for the others, when a busy one may be asked again."""
         holders = self._shared.peers.swarm_holders(self._swarm)
-        busy_until = self._shared.busy_until
+        flights, busy = self._origin.flights, self._shared.busy
         plan: dict[PeerId, list[int]] = defaultdict(list)
         later: dict[int, float] = {}
         for n in chunks:
             for holder in holders:
                 if holder.peer in self._tried[n] or not holder.has(n):
                     continue
-                free_at = busy_until.get(holder.peer, 0.0)
+                free_at = busy.until(holder.peer, flights[n].priority)
                 if free_at <= now:
                     plan[holder.peer].append(n)
                     later.pop(n, None)
@@ -205,13 +200,13 @@ class Chase:
                 shared.latencies(peer).sample(trio.current_time() - asked_at)
             await self._keep(peer, good)
 
-        priority = min((f.priority for n in chunks if (f := origin.flights.get(n))), default=Priority.FILL)
+        priority = self._priority(chunks)
         try:
             answer = await shared.peers.fetch(
                 peer, self._swarm, origin.segment.table, chunks, priority=priority, landed=landed
             )
             if answer.busy:
-                self._was_busy(peer, answer.busy, answer.retry_seconds)
+                self._was_busy(peer, priority, answer)
             if answer.missing or answer.busy:
                 log.debug(
                     "peer.left_over", peer=str(peer), missing=len(answer.missing), busy=len(answer.busy)
@@ -225,11 +220,17 @@ class Chase:
             self._asking.subtract(chunks)
             self._changed.set()
 
-    def _was_busy(self, peer: PeerId, chunks: Iterable[int], retry_seconds: float) -> None:
-        self._shared.is_busy(peer, min(BUSY_MAX_SECONDS, max(BUSY_MIN_SECONDS, retry_seconds)))
+    def _priority(self, chunks: Iterable[int]) -> Priority:
+        """Of the most urgent one."""
+        flights = self._origin.flights
+        return min((f.priority for n in chunks if (f := flights.get(n)) is not None), default=Priority.FILL)
+
+    def _was_busy(self, peer: PeerId, priority: Priority, answer: PeerAnswer) -> None:
+        seconds = min(BUSY_MAX_SECONDS, max(BUSY_MIN_SECONDS, answer.retry_seconds))
+        self._shared.busy.note(peer, priority, trio.current_time() + seconds)
         self._refusals[peer] += 1
         if self._refusals[peer] < BUSY_ASKS_MAX:
-            for n in chunks:
+            for n in answer.busy:
                 self._tried[n].discard(peer)
 
     async def _keep(self, peer: PeerId, good: list[tuple[int, VerifiedChunk]]) -> None:

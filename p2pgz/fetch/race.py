@@ -16,7 +16,7 @@ import trio
 
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Holder, PeerSource
-from p2pgz.core.race import PROGRESS_SECONDS, HedgeBudget, Latencies, assign
+from p2pgz.core.race import PROGRESS_SECONDS, BusyPeers, HedgeBudget, Latencies, assign
 from p2pgz.core.schedule import Priority
 from p2pgz.core.sharing import swarm_name
 from p2pgz.fetch.chase import Chase
@@ -59,7 +59,7 @@ class Race:
         self.counters = counters
         self.to_source = to_source
         self.budget = HedgeBudget()
-        self.busy_until: dict[PeerId, float] = {}
+        self.busy: BusyPeers[PeerId] = BusyPeers()
         self.rates = rates or Rates.unlimited()
         self._nursery = nursery
         self._trace = trace
@@ -139,10 +139,11 @@ class Race:
     ) -> None:
         sizes = origin.segment.table.size
         now = trio.current_time()
+        most_urgent = min((origin.flights[n].priority for n in chunks), default=Priority.FILL)
         plan = assign(
             {n: [holder.peer for holder in holders if holder.has(n)] for n in chunks},
             sizes,
-            {h.peer: h.wait_seconds + max(0.0, self.busy_until.get(h.peer, 0.0) - now) for h in holders},
+            {h.peer: h.wait_seconds + max(0.0, self.busy.until(h.peer, most_urgent) - now) for h in holders},
             {holder.peer: holder.bytes_per_second for holder in holders},
         )
         for peer, share in plan.items():
@@ -172,13 +173,6 @@ class Race:
         if len(self._latencies) > PEERS_REMEMBERED:
             del self._latencies[next(iter(self._latencies))]
         return found
-
-    def is_busy(self, peer: PeerId, seconds: float) -> None:
-        """See `Shared`."""
-        self.busy_until.pop(peer, None)
-        self.busy_until[peer] = trio.current_time() + seconds
-        if len(self.busy_until) > PEERS_REMEMBERED:
-            del self.busy_until[next(iter(self.busy_until))]
 
     def note(self, origin: Origin, flight: Flight, peer: PeerId) -> None:
         """See `Shared`."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from p2pgz.core.race import (
+    BUSY_PEERS_MAX,
     HEDGE_ALLOWANCE_BYTES,
     HEDGE_MIN_SECONDS,
     HEDGE_SHARE,
     HEDGE_UNKNOWN_SECONDS,
     SAMPLES,
+    BusyPeers,
     HedgeBudget,
     Latencies,
     assign,
@@ -50,3 +52,20 @@ def test_chunks_go_to_the_holder_that_would_finish_them_first() -> None:
     assert 2 in plan["far"]
     assert sorted(plan["near"] + plan["far"]) == [0, 1, 2, 4, 5]
     assert assign({}, sizes, {}, {}) == {}
+
+
+def test_peer_is_busy_for_the_class_that_it_refused_and_for_lesser_ones() -> None:
+    peers: BusyPeers[str] = BusyPeers()
+    peers.note("a", 2, 10.0)
+    assert [peers.until("a", priority) for priority in range(4)] == [0, 0, 10, 10]
+    peers.note("a", 1, 5.0)
+    assert [peers.until("a", priority) for priority in range(4)] == [0, 5, 10, 10]
+    assert peers.until("b", 3) == 0
+
+
+def test_busy_peers_do_not_grow_without_end() -> None:
+    peers: BusyPeers[int] = BusyPeers()
+    for peer in range(BUSY_PEERS_MAX + 1):
+        peers.note(peer, 0, 1.0)
+    assert peers.until(0, 0) == 0
+    assert peers.until(1, 0) == peers.until(BUSY_PEERS_MAX, 0) == 1.0

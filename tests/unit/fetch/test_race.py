@@ -326,6 +326,23 @@ async def test_all_chases_leave_a_busy_peer_alone(autojump_clock: MockClock) -> 
 
 
 @pytest.mark.trio
+async def test_peer_without_room_for_the_background_is_asked_for_a_blocked_read(
+    autojump_clock: MockClock,
+) -> None:
+    async with racing() as b:
+        b.peers.fates = {"busy": busy(1, 3.0)}
+        (flight,) = b.start([0], Priority.FILL)
+        await trio.sleep(0.1)
+        assert await b.read([1]) == 0.0
+        assert not flight.done
+        # a reader has come for the other one, too; the lane would say so
+        flight.priority = Priority.BLOCKED_READ
+        await trio.sleep(2 * chase_module.LOOK_SECONDS)
+        assert flight.done
+        assert not b.lane.given
+
+
+@pytest.mark.trio
 async def test_busy_peer_does_not_keep_the_source_out(autojump_clock: MockClock) -> None:
     async with racing() as b:
         b.lane.seconds = 0.2
