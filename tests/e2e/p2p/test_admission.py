@@ -8,6 +8,7 @@ import trio
 from p2pgz.core.admission import Admission
 from p2pgz.errors import P2pgzError
 from p2pgz.p2p.dht import Dht
+from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.kadmsg import KadMessage, Kind, decode, encode
 from p2pgz.testing.dht import contact_of, listening_dht
 
@@ -57,3 +58,17 @@ async def test_everybody_shows_what_he_knows_again_when_keys_change() -> None:
         await other.readmit()
         assert await talks(one, other)
         assert await talks(other, one)
+
+
+async def test_who_is_on_the_list_needs_no_key() -> None:
+    listed = Identity.new()
+    held = Admission(cluster_keys=[NEW], allowed=[listed.peer_id])
+    async with (
+        listening_dht(admission=held) as one,
+        listening_dht(identity=listed) as guest,
+        listening_dht() as stranger,
+    ):
+        assert await talks(guest, one)
+        assert await talks(one, guest)
+        assert not await talks(stranger, one)
+        assert not await talks(one, stranger)
