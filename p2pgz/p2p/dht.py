@@ -19,6 +19,7 @@ from p2pgz.core.admission import Admission
 from p2pgz.core.keyspace import Contact
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.records import Greeting, Reply
+from p2pgz.core.twins import Twins
 from p2pgz.errors import P2pgzError, PeerFault, SourceUnavailable
 from p2pgz.p2p.announce import Announcer
 from p2pgz.p2p.host import PeerHost, open_host
@@ -57,6 +58,7 @@ class Dht:
         self._admitted: OrderedDict[bytes, None] = OrderedDict()
         self._greeted: dict[bytes, trio.Event] = {}
         self._epochs: dict[bytes, bytes] = {}
+        self.twins = Twins()
         host.on_peer = self._identified
         host.serve(protocol, self._answer_kad)
         host.serve(records.PROTOCOL, self._answer_records)
@@ -94,7 +96,7 @@ class Dht:
         if isinstance(request, Greeting):
             if not self._admit(sender.peer, request.proofs):
                 raise PeerFault("a peer without proof of the cluster key")
-            self._learn_epoch(sender, request.epoch)
+            self._greeting(sender, request.epoch)
             await trio.lowlevel.checkpoint()
             return records.encode_reply(Reply(self.announcer.epoch, proofs=self._proofs))
         if not self.admits(sender.peer):
@@ -128,6 +130,16 @@ class Dht:
         elif dialled:
             self._nursery.start_soon(self._greet_guarded, contact)
 
+    def _greeting(self, contact: Contact, epoch: bytes) -> None:
+        if self.twins.note(contact.peer, epoch):
+            log.error(
+                "peer.twice",
+                peer=str(PeerId(contact.peer)),
+                effect="two hosts have this identity: others take the two for one, and neither is found reliably",
+                hint="identities must not be copied: stop one of them, remove its identity.key and start it again",
+            )
+        self._learn_epoch(contact, epoch)
+
     def _learn_epoch(self, contact: Contact, epoch: bytes) -> None:
         """The greeting and identify come in any order; only both together make a member that can be told of."""
         if contact.addresses:
@@ -154,7 +166,7 @@ class Dht:
                 reply = records.decode_reply(await self.host.ask(contact, records.PROTOCOL, request))
             if not self._admit(contact.peer, reply.proofs):
                 raise PeerFault("the peer shows no proof of the cluster key")
-            self._learn_epoch(contact, reply.epoch)
+            self._greeting(contact, reply.epoch)
         except (P2pgzError, trio.TooSlowError) as error:
             self._greeted.pop(contact.peer, None)
             self._check_admitted(contact.peer, error)

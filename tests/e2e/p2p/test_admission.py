@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 
@@ -72,3 +74,31 @@ async def test_who_is_on_the_list_needs_no_key() -> None:
         assert await talks(one, guest)
         assert not await talks(stranger, one)
         assert not await talks(one, stranger)
+
+
+async def test_a_third_host_notices_that_two_have_one_identity() -> None:
+    """They never meet each other; each greets the third when it connects."""
+    copied = Identity.new()
+    async with (
+        listening_dht() as third,
+        listening_dht(identity=copied) as one,
+        listening_dht(identity=copied) as twin,
+    ):
+
+        async def come_and_go(dht: Dht) -> None:
+            await dht.greet(contact_of(third))
+            await dht.host.disconnect(third.host.peer)
+            await settled(lambda: third.host.peer not in dht.host.connected())
+            await settled(lambda: copied.peer_id.raw not in third.host.connected())
+
+        await come_and_go(one)
+        await come_and_go(twin)
+        assert third.twins.found == set()
+        await one.greet(contact_of(third))
+        await settled(lambda: third.twins.found == {copied.peer_id.raw})
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await trio.sleep(0.01)
