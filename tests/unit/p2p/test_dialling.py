@@ -126,3 +126,22 @@ async def test_nonces_are_kept_no_longer_than_the_handshake(tmp_path: Path) -> N
             while not a.exchange.connections():
                 await trio.sleep(0.01)
         assert not credentials.nonces
+
+
+async def test_status_says_who_did_what(tmp_path: Path) -> None:
+    async with (
+        open_peer(tmp_path / "a", LAYER, chunks=()) as a,
+        open_peer(tmp_path / "b", LAYER) as b,
+    ):
+        now = trio.current_time()
+        a.exchange.standing.fault(b.id, Fault.SLOW, now)
+        (row,) = a.exchange.faulty_peers()
+        assert (row["peer_id"], row["faults"]) == (str(b.id), {"slow": 1})
+        assert 0 < row["out_seconds"] <= 1
+        await a.exchange.connect("127.0.0.1", b.port, expected=b.id, insist=True)
+        (connection,) = a.exchange.status()
+        assert connection["faults"] == {"slow": 1}
+        a.exchange.connections()[0].blame(SourceUnavailable("a test"), Fault.CORRUPT)
+        (row,) = a.exchange.faulty_peers()
+        assert row["faults"] == {"slow": 1, "corrupt": 1}
+        assert row["out_seconds"] > 500
