@@ -180,7 +180,8 @@ def _ask(fields: _Fields) -> Ask:
     view, lease = fields.number(_U64), fields.number(_U64)
     depth = fields.depth(none=True)
     known = AskFlag(flags & AskFlag.NO_GRANT)
-    return Ask(request, swarm, extent, level, priority, known, view, lease, depth, fields.peers(EXCLUDED_MAX))
+    exclude, avoid = fields.peers(EXCLUDED_MAX), fields.peers(EXCLUDED_MAX)
+    return Ask(request, swarm, extent, level, priority, known, view, lease, depth, exclude, avoid)
 
 
 def _parent(fields: _Fields) -> Parent:
@@ -236,7 +237,7 @@ _PARSERS: Final[dict[int, Callable[[_Fields], CrowdFrame]]] = {
 _PEER_BYTES: Final = 1 + PEER_ID_MAX_BYTES
 # Checked before a body is collected
 BODY_MAX_BYTES: Final[dict[int, int]] = {
-    CrowdType.ASK: _ASK.size + 1 + EXCLUDED_MAX * _PEER_BYTES,
+    CrowdType.ASK: _ASK.size + 2 * (1 + EXCLUDED_MAX * _PEER_BYTES),
     CrowdType.GRANT: _GRANT.size,
     CrowdType.PARENT: _PARENT.size + _PEER_BYTES,
     CrowdType.HAVE: _U32.size + 1 + HAVE_MAX * _PEER_BYTES,
@@ -289,7 +290,7 @@ def encode(frame: CrowdFrame) -> bytes:
                 frame.request, frame.swarm, frame.extent, frame.level, frame.priority, frame.flags, frame.view,
                 frame.lease, frame.depth,
             )  # fmt: skip
-            kind, body = CrowdType.ASK, head + _peers(frame.exclude)
+            kind, body = CrowdType.ASK, head + _peers(frame.exclude) + _peers(frame.avoid)
         case Grant(request, lease, ttl_ms):
             kind, body = CrowdType.GRANT, _GRANT.pack(request, lease, ttl_ms)
         case Parent(request, lease, depth, peer):

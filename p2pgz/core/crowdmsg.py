@@ -96,6 +96,9 @@ class Ask(msgspec.Struct, frozen=True):
     lease: int = 0
     depth: int = DEPTH_NONE
     exclude: tuple[bytes, ...] = ()
+    """those that were silent, gone or did not know of it"""
+    avoid: tuple[bytes, ...] = ()
+    """those that promised and brought nothing: perhaps they are only slow"""
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -130,7 +133,10 @@ class NotHome(msgspec.Struct, frozen=True):
 
 
 class Renew(msgspec.Struct, frozen=True):
-    """To each home: I hold this lease, and have fetched so many bytes. A home that does not know the lease adopts it."""
+    """To each home: I hold this lease. A home that does not know it adopts it.
+
+    `got_bytes` is what the sender has fetched from registries so far, under all its leases: whether it is stuck.
+    """
 
     ref: LeaseRef
     got_bytes: int

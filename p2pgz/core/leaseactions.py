@@ -14,6 +14,13 @@ class Send(NamedTuple):
     frame: CrowdFrame
 
 
+class Forget(NamedTuple):
+    """Say FORGET of a request: this node does not wait for it any more. What comes all the same is welcome."""
+
+    peer: bytes
+    request: int
+
+
 class Serve(NamedTuple):
     """Send these chunks, which are here, as the answer to that FOLLOW; say `sent` when they are on their way."""
 
@@ -42,4 +49,4 @@ class Direct(NamedTuple):
     chunks: tuple[int, ...]
 
 
-Action = Send | Serve | Fetch | Direct
+Action = Send | Forget | Serve | Fetch | Direct

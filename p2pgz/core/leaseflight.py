@@ -8,8 +8,12 @@ cluster's lease waits for nobody, and so may have anyone wait for it.
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import Final
 
 from p2pgz.core.crowdmsg import DEPTH_MAX, DEPTH_NONE, EXCLUDED_MAX, EXTENT_DOCUMENT, Level
+
+STALL_SECONDS: Final = 6.0
+STALL_DEPTH_SECONDS: Final = 1.0
 
 
 class State(Enum):
@@ -45,7 +49,7 @@ class LeaseFlight:
     """See the module. `children` are keyed by (peer, request); `wanted` is chunk -> (priority, deadline)."""
 
     __slots__ = (
-        "asked_at", "bad_homes", "children", "depth", "excluded", "extent", "failures", "fetching", "followed", "got_bytes",
+        "asked_at", "bad_homes", "children", "depth", "excluded", "extent", "failures", "fetching", "followed",
         "heard_at", "home", "lease", "level", "parent", "parked", "registered", "renew_at", "request", "state", "swarm",
         "touched", "tried", "wanted", "zone_lease",
     )  # fmt: skip
@@ -71,7 +75,6 @@ class LeaseFlight:
         self.failures = 0
         self.registered: tuple[bytes, ...] = ()
         self.parked = False
-        self.got_bytes = 0
         self.asked_at = self.heard_at = self.touched = now
         self.renew_at = 0.0
 
@@ -82,6 +85,12 @@ class LeaseFlight:
             for n in child.chunks:
                 found[n] = min(found.get(n, child.priority), child.priority)
         return found
+
+    def stall_seconds(self) -> float:
+        """How long a parent may promise and bring nothing at all. Deeper ones wait longer: whoever stands right below one
+        that only promises should leave it first. Leaving one that is only slow costs a place in its queue, and no copy.
+        """
+        return STALL_SECONDS + self.depth * STALL_DEPTH_SECONDS
 
     def takes(self, level: Level, lease: int, depth: int) -> bool:
         """Whether somebody at that place may wait for this node."""

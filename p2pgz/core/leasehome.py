@@ -40,8 +40,15 @@ FANOUT: Final = (
 LEASE_SECONDS: Final = 3.0
 # It ends as well when RENEWs say for this long that nothing has come: a registry that is slow answers within it
 STALL_SECONDS: Final = 30.0
-# An asker who says that the holder is dead is believed, but an extent gets a new holder at most this often
+# An asker who got nothing from the holder is believed at most this often, and never while RENEWs come and tell of progress:
+# a registry that is slow has slow holders
 REGRANT_SECONDS: Final = 2.0
+RENEW_MISSED_SECONDS: Final = 1.6
+ACCUSED_STALL_SECONDS: Final = 5.0
+# Two askers got nothing at all from a holder that has had it for this long; longer where no reader is blocked: its link
+# may be slow, and readers go first
+AVOIDED_SECONDS: Final = 6.0
+AVOIDED_UNURGENT_SECONDS: Final = 40.0
 PENDING_SECONDS: Final = 0.25
 # Finished this long ago: the tree below the holder has it, too, and any of them may be asked
 HAVE_AFTER_SECONDS: Final = 5.0
@@ -69,6 +76,7 @@ class _Seat:
 
 class _Record:
     __slots__ = (
+        "avoided_by",
         "complete", "done_at", "excluded_by", "expires", "got_bytes", "granted_at", "here", "lease", "progress_at", "root",
         "seats", "stalled", "touched", "waiters",
     )  # fmt: skip
@@ -77,6 +85,7 @@ class _Record:
         self.lease = lease
         self.root: bytes | None = None
         self.stalled: bytes | None = None
+        self.avoided_by: bytes | None = None
         self.seats: dict[bytes, _Seat] = {}
         self.waiters: dict[bytes, Ask] = {}
         self.excluded_by: dict[bytes, bytes] = {}
@@ -86,6 +95,12 @@ class _Record:
         self.complete = False
         self.here = False  # the last holder left after it had got all that it was asked for
         self.got_bytes = 0
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether a holder that somebody complains about is to be replaced."""
+        silent = now - (self.expires - LEASE_SECONDS) >= RENEW_MISSED_SECONDS
+        stuck = now - self.progress_at >= ACCUSED_STALL_SECONDS
+        return now - self.granted_at >= REGRANT_SECONDS and (silent or stuck or self.done_at is not None)
 
 
 class HomeDesk:
@@ -115,7 +130,7 @@ class HomeDesk:
         if not self._is_home(ask.swarm, ask.extent, ask.level):
             return [(asker, NotHome(ask.request, view))]
         record = self._touch((ask.swarm, ask.extent, ask.level), now)
-        for peer in ask.exclude:
+        for peer in (*ask.exclude, *ask.avoid):
             self._blame(record, peer, asker)
         if record.root == asker:  # it would not ask if it still held the lease
             self._end(record, asker)
@@ -212,6 +227,7 @@ class HomeDesk:
         record.granted_at = record.progress_at = now
         record.expires = now + LEASE_SECONDS
         record.got_bytes, record.done_at, record.complete = 0, None, False
+        record.avoided_by = None
 
     def _end(self, record: _Record, root: bytes) -> None:
         record.root = None
@@ -227,16 +243,16 @@ class HomeDesk:
         return sent
 
     def _place(self, record: _Record, asker: bytes, ask: Ask, now: float, sent: Sent) -> None:
-        if record.complete and record.done_at is not None and now - record.done_at > HAVE_AFTER_SECONDS:
-            few = self._few_who_have_it(record, asker, ask, now)
-            if few:
-                sent.append((asker, Have(ask.request, tuple(few))))
-                return
+        long_there = record.done_at is not None and now - record.done_at > HAVE_AFTER_SECONDS
+        if record.complete and long_there and not ask.exclude and not ask.avoid:
+            sent.append((asker, Have(ask.request, self._few_who_have_it(record, asker, now))))
+            return
         may = not ask.flags & AskFlag.NO_GRANT
         # Without a holder all others may wait for one; if the last one got what it was asked for, they have it, too
         orphaned = record.root is None and not record.here
-        parent = None if orphaned and may else self._pick(record, asker, ask)
-        overdue = record.root in ask.exclude and now - record.granted_at >= REGRANT_SECONDS
+        shunned = self._shunned(record, asker, ask, now)
+        parent = None if (orphaned or shunned) and may else self._pick(record, asker, ask)
+        overdue = shunned or (record.root in ask.exclude and record.is_overdue(now))
         if parent is not None:
             above = record.seats[parent]
             above.children += 1
@@ -255,22 +271,28 @@ class HomeDesk:
         elif len(record.waiters) < WAITERS_MAX:
             record.waiters[asker] = ask
 
-    def _few_who_have_it(self, record: _Record, asker: bytes, ask: Ask, now: float) -> list[bytes]:
+    def _shunned(self, record: _Record, asker: bytes, ask: Ask, now: float) -> bool:
+        """Whether two askers have got nothing from the holder for long."""
+        if record.root not in ask.avoid:
+            return False
+        record.avoided_by = record.avoided_by or asker
+        limit = AVOIDED_UNURGENT_SECONDS if ask.priority else AVOIDED_SECONDS
+        return record.avoided_by != asker and record.done_at is not None and now - record.done_at >= limit
+
+    def _few_who_have_it(self, record: _Record, asker: bytes, now: float) -> tuple[bytes, ...]:
         """Those who sent it least often; the asker is one of them for those who ask later."""
         seats = record.seats
         others = [
-            peer
-            for peer, seat in seats.items()
-            if peer != asker and peer not in ask.exclude and now - seat.since >= HAVE_AFTER_SECONDS
+            peer for peer, seat in seats.items() if peer != asker and now - seat.since >= HAVE_AFTER_SECONDS
         ]
         self._rng.shuffle(others)
         few = sorted(others, key=lambda peer: seats[peer].children)[:HAVE_NAMED]
         for peer in few:
             seats[peer].children += 1
-        if few and asker not in seats:
+        if asker not in seats:
             seats[asker] = _Seat(DEPTH_MAX, now)
             self._forget_seats(record)
-        return few
+        return tuple(few)
 
     def _pick(self, record: _Record, asker: bytes, ask: Ask) -> bytes | None:
         """A parent: of two at random the one with the smaller depth. None when there is none that would do."""
@@ -281,16 +303,19 @@ class HomeDesk:
                 p for p, s in seats.items() if s.depth < ask.depth and p != asker and p not in ask.exclude
             ]
             if near:
-                return min(near, key=lambda peer: seats[peer].children)
+                return min(near, key=lambda peer: (peer in ask.avoid, seats[peer].children))
             if record.root is None or record.root in ask.exclude:
                 return None  # it stood right below the holder: it should become the holder itself
         free = [
             peer
             for peer, seat in seats.items()
-            if seat.children < FANOUT and seat.depth < DEPTH_MAX and peer != asker and peer not in ask.exclude
+            if seat.depth < DEPTH_MAX and peer != asker and peer not in ask.exclude
         ]
         if not free:
             return None
+        fewest = min(seats[peer].children for peer in free)
+        free = [peer for peer in free if seats[peer].children <= max(fewest, FANOUT - 1)]
+        free = [peer for peer in free if peer not in ask.avoid] or free
         if ask.level is Level.CLUSTER:
             zone = self._zone_of(asker)
             free = [peer for peer in free if self._zone_of(peer) == zone] or free

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from p2pgz.core.crowdmsg import DEPTH_NONE, CrowdFrame, Giveup, GiveupReason, Level
+from p2pgz.core.crowdmsg import DEPTH_NONE, PENDING_MAX, CrowdFrame, Giveup, GiveupReason, Level, Pending
 from p2pgz.core.homes import Electorate
 from p2pgz.core.leaseactions import Action
-from p2pgz.core.leaseflight import State
+from p2pgz.core.leaseflight import LeaseFlight, State
 from p2pgz.core.leasehome import PENDING_SECONDS, RECORD_SECONDS, ref_of
 from p2pgz.core.leasesteps import LeaseSteps
 
@@ -81,13 +81,16 @@ class Leases(LeaseSteps):
             for n in chunks:
                 flight.wanted.pop(n, None)
 
-    def landed(self, swarm: bytes, extent: int, chunks: Collection[int], got_bytes: int, now: float) -> None:
-        """These are here, verified, wherever they came from."""
+    def landed(
+        self, swarm: bytes, extent: int, chunks: Collection[int], now: float, *, source: bytes | None = None
+    ) -> None:
+        """These are here, verified: from a peer, or (None) from the registry, the pool or wherever."""
+        if source is not None:
+            self._gave[source] = now
         flight = self._flights.get((swarm, extent))
         if flight is None:
             return
         flight.touched = flight.heard_at = now
-        flight.got_bytes += got_bytes
         flight.failures = 0
         flight.fetching.difference_update(chunks)
         for n in chunks:
@@ -104,6 +107,10 @@ class Leases(LeaseSteps):
                 self._close(flight, request)
         self._step(flight, now)
         self._settle(now)
+
+    def fetched(self, count: int) -> None:
+        """Bytes of any Fetch have come from the registry: this node is not stuck, however slow it is."""
+        self._fetched_bytes += count
 
     def failed(self, swarm: bytes, extent: int, now: float, *, refused: bool = False) -> None:
         """A Fetch has failed for good: somebody else shall try. `refused`: the registry does not let this node have it."""
@@ -140,6 +147,7 @@ class Leases(LeaseSteps):
     def lost(self, peer: bytes, now: float, *, dead: bool = False) -> None:
         """The connection has ended, or there is none to be had; `dead`: the members say that it is gone."""
         self._heard.pop(peer, None)
+        self._gave.pop(peer, None)
         for key in [key for key in self._sending if key[0] == peer]:
             del self._sending[key]
         for flight in list(self._flights.values()):
@@ -207,3 +215,17 @@ class Leases(LeaseSteps):
         """Who waits for this node to get something of an extent."""
         flight = self._flights.get((swarm, extent))
         return frozenset(peer for peer, _ in flight.children) if flight is not None else frozenset()
+
+    def _tell_homes(self, flight: LeaseFlight, frame: Giveup) -> None:
+        for home in self._electorate.homes(flight.swarm, flight.extent, frame.ref.level, self._part):
+            self._send(home, frame)
+
+    def _say_pending(self) -> None:
+        waiting: dict[bytes, set[int]] = {}
+        for flight in self._flights.values():
+            for peer, request in flight.children:
+                waiting.setdefault(peer, set()).add(request)
+        for peer, request in self._sending:
+            waiting.setdefault(peer, set()).add(request)
+        for peer, requests in waiting.items():
+            self._send(peer, Pending(tuple(sorted(requests))[:PENDING_MAX]))

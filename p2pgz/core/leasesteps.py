@@ -12,7 +12,7 @@ from typing import Final
 from p2pgz.core.crowdmsg import (
     DEPTH_MAX,
     DEPTH_NONE,
-    PENDING_MAX,
+    EXCLUDED_MAX,
     Ask,
     AskFlag,
     CrowdFrame,
@@ -29,9 +29,9 @@ from p2pgz.core.crowdmsg import (
     Renew,
 )
 from p2pgz.core.homes import Electorate
-from p2pgz.core.leaseactions import Action, Direct, Fetch, Send, Serve
+from p2pgz.core.leaseactions import Action, Direct, Fetch, Forget, Send, Serve
 from p2pgz.core.leaseflight import LeaseFlight, State, Waiting
-from p2pgz.core.leasehome import LEASE_SECONDS, STALL_SECONDS, HomeDesk, ref_of
+from p2pgz.core.leasehome import LEASE_SECONDS, HomeDesk, ref_of
 from p2pgz.core.messages import chunks_of, runs_of
 
 # A parent or home that has said nothing for this long is lost: four PENDINGs. Being slow is no reason.
@@ -40,6 +40,8 @@ SILENCE_SECONDS: Final = 1.0
 FORGOTTEN_SECONDS: Final = 4.0
 # The last home that is left is waited for longer: at a cold start it may be the only one for everybody
 LAST_HOME_SECONDS: Final = 4.0
+# One that promised and brought nothing is not followed for other extents either
+AVOID_SECONDS: Final = 60.0
 PAUSE_SECONDS: Final = 1.0
 # Parents in vain before another home is asked; two such extents, or two silences, and it comes last for 10 minutes
 FAILURES_MAX: Final = 2
@@ -81,6 +83,9 @@ class LeaseSteps:
         self._sending: dict[tuple[bytes, int], Waiting] = {}
         self._requests = 0
         self._heard: dict[bytes, float] = {}
+        self._gave: dict[bytes, float] = {}
+        self._avoided: dict[bytes, float] = {}
+        self._fetched_bytes = 0
         self._home_faults: dict[bytes, tuple[int, float]] = {}
         self._no_grant: dict[bytes, float] = {}
         self._asked_chunks = 0
@@ -229,11 +234,12 @@ class LeaseSteps:
         flight.asked_at = flight.heard_at = now
         flight.request = self._next_request(flight)
         lease, depth = flight.place()
+        avoided = [peer for peer, until in self._avoided.items() if until > now]
         flags = AskFlag.NO_GRANT if self._no_grant.get(flight.swarm, 0.0) > now else AskFlag.NONE
         urgency = min(flight.needed().values(), default=0)
         ask = Ask(
             flight.request, flight.swarm, flight.extent, flight.level, urgency, flags, self.view, lease, depth,
-            tuple(flight.excluded),
+            tuple(flight.excluded), tuple(avoided[-EXCLUDED_MAX:]),
         )  # fmt: skip
         self._send(flight.home, ask)
 
@@ -273,6 +279,19 @@ class LeaseSteps:
         flight.tried.clear()
         self._step(flight, now)
 
+    def _leave_parent(self, flight: LeaseFlight, now: float) -> None:
+        """It promises and brings nothing: ask for another one. It may be the only one there is."""
+        assert flight.parent is not None
+        for request in list(flight.followed):
+            self._close(flight, request)
+            self._actions.append(Forget(flight.parent, request))
+        self._avoided.pop(flight.parent, None)
+        self._avoided[flight.parent] = now + AVOID_SECONDS
+        flight.parent = None
+        flight.state = State.IDLE
+        flight.tried.clear()
+        self._step(flight, now)
+
     def _home_failed(self, flight: LeaseFlight, now: float) -> None:
         assert flight.home is not None
         self._asks.pop(flight.request, None)
@@ -304,9 +323,9 @@ class LeaseSteps:
         away = now - self._heard.get(flight.parent, 0.0) >= SILENCE_SECONDS
         if (silent >= SILENCE_SECONDS and away) or silent >= FORGOTTEN_SECONDS:
             self._parent_failed(flight, now)
-        elif flight.touched + STALL_SECONDS <= now:
+        elif max(flight.touched, self._gave.get(flight.parent, 0.0)) + flight.stall_seconds() <= now:
             flight.touched = now
-            self._parent_failed(flight, now)
+            self._leave_parent(flight, now)
 
     # --- small ones
 
@@ -317,7 +336,7 @@ class LeaseSteps:
         flight.registered = ()
         for level, lease in flight.held():
             ref = ref_of((flight.swarm, flight.extent, level), lease)
-            frame: Renew | Done = Renew(ref, flight.got_bytes)
+            frame: Renew | Done = Renew(ref, self._fetched_bytes)
             if flight.parked:
                 frame = Done(ref, self._complete(flight.swarm, flight.extent))
             homes = self._electorate.homes(flight.swarm, flight.extent, level, self._part)
@@ -325,10 +344,6 @@ class LeaseSteps:
             for home in homes:
                 if home not in told:
                     self._send(home, frame)
-
-    def _tell_homes(self, flight: LeaseFlight, frame: Giveup) -> None:
-        for home in self._electorate.homes(flight.swarm, flight.extent, frame.ref.level, self._part):
-            self._send(home, frame)
 
     def _serve(
         self, key: tuple[bytes, int], waiting: Waiting, swarm: bytes, extent: int, chunks: set[int]
@@ -341,16 +356,6 @@ class LeaseSteps:
         for peer, request in keys:
             child = flight.children.pop((peer, request))
             self._send(peer, Gone(request, runs_of(sorted(child.chunks))))
-
-    def _say_pending(self) -> None:
-        waiting: dict[bytes, set[int]] = {}
-        for flight in self._flights.values():
-            for peer, request in flight.children:
-                waiting.setdefault(peer, set()).add(request)
-        for peer, request in self._sending:
-            waiting.setdefault(peer, set()).add(request)
-        for peer, requests in waiting.items():
-            self._send(peer, Pending(tuple(sorted(requests))[:PENDING_MAX]))
 
     def _flight(self, swarm: bytes, extent: int, now: float) -> LeaseFlight:
         key = (swarm, extent)

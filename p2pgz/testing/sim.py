@@ -53,6 +53,8 @@ class Crowd:
     membership: bool = False
     """simulated as well, rather than known to everybody DETECTION_SECONDS after a death"""
     without_credentials_share: float = 0.0
+    never_serving_share: float = 0.0
+    """these take parents' places and send nothing but promises"""
     partition_seconds: float = 0.0
     """for this long after the start, the first third of the nodes and the rest cannot reach each other"""
     until_seconds: float = 600.0
@@ -132,6 +134,8 @@ class Simulation:
             self.clock.at(at, partial(node.start, extents, in_order))
         for node in rng.sample(self.nodes, int(crowd.without_credentials_share * crowd.nodes)):
             node.can_fetch = False
+        for node in rng.sample(self.nodes, int(crowd.never_serving_share * crowd.nodes)):
+            node.serves = False
         for node in rng.sample(self.nodes[1:], int(crowd.dead_share * crowd.nodes)):
             at, silent = NOW + rng.random() * crowd.dead_within_seconds, rng.random() < 0.5
             self.clock.at(at, partial(self._die, node, silent=silent))

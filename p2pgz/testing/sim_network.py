@@ -56,13 +56,24 @@ class Processor:
 
 
 class Uplink:
-    """The sending side of a link: pieces wait by class, then in order."""
+    """The sending side of a link: pieces wait by class, then receivers take turns, then in order."""
 
-    __slots__ = ("_clock", "_queue", "_sending", "_sent", "bytes_per_second", "sent_bytes")
+    __slots__ = (
+        "_clock",
+        "_queue",
+        "_round",
+        "_rounds",
+        "_sending",
+        "_sent",
+        "bytes_per_second",
+        "sent_bytes",
+    )
 
     def __init__(self, clock: SimClock, bytes_per_second: float) -> None:
         self._clock = clock
-        self._queue: list[tuple[int, int, int, float, Downlink, Callable[[], None]]] = []
+        self._queue: list[tuple[int, int, int, int, float, Downlink, Callable[[], None]]] = []
+        self._round = 0
+        self._rounds: dict[int, int] = {}  # receivers that wait, and the round that their last piece is in
         self._sending = False
         self._sent = 0
         self.bytes_per_second = bytes_per_second
@@ -71,15 +82,18 @@ class Uplink:
     def send(self, size: int, priority: int, delay: float, to: Downlink, arrived: Callable[[], None]) -> None:
         """Send a piece; `arrived` runs when all of it is there."""
         self._sent += 1
-        heapq.heappush(self._queue, (priority, self._sent, size, delay, to, arrived))
+        turn = self._rounds[id(to)] = max(self._round, self._rounds.get(id(to), 0)) + 1
+        heapq.heappush(self._queue, (priority, turn, self._sent, size, delay, to, arrived))
         if not self._sending:
             self._next()
 
     def _next(self) -> None:
         self._sending = bool(self._queue)
         if not self._queue:
+            self._rounds.clear()
             return
-        _, _, size, delay, to, arrived = heapq.heappop(self._queue)
+        _, turn, _, size, delay, to, arrived = heapq.heappop(self._queue)
+        self._round = max(self._round, turn - 1)
         self.sent_bytes += size
         out = self._clock.now + size / self.bytes_per_second
         self._clock.at(out, self._next)

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from p2pgz.core.crowdmsg import CrowdFrame, Gossip, Heartbeat, Range, Ranges
 from p2pgz.core.homes import Electorate
-from p2pgz.core.leaseactions import Direct, Fetch, Send, Serve
+from p2pgz.core.leaseactions import Direct, Fetch, Forget, Send, Serve
 from p2pgz.core.leases import Leases
 from p2pgz.core.order import Order, shuffled
 from p2pgz.core.schedule import Priority
@@ -27,7 +27,8 @@ HANDSHAKE_ROUND_TRIPS: Final = 1.5
 # Hashing takes 0.6 ms for a MiB, the exchange 2.2 ms (450 MB/s) at each end
 SEND_SECONDS_PER_BYTE: Final = 2.2e-3 / (1 << 20)
 RECEIVE_SECONDS_PER_BYTE: Final = 2.8e-3 / (1 << 20)
-DEADLINE_SECONDS: Final = 60.0
+# Only readers have a deadline
+DEADLINE_SECONDS: Final = {Priority.BLOCKED_READ: 60.0, Priority.START_UP: 3600.0}
 SWARM: Final = bytes(range(32))
 
 
@@ -89,6 +90,7 @@ class SimNode:
         self.alive = True
         self.silent = False  # stopped rather than killed: nobody is told
         self.can_fetch = True
+        self.serves = True
         self.present: set[int] = set()
         self.started_at = self.urgent_at = self.finished_at = 0.0
         self.received_twice = 0
@@ -136,7 +138,7 @@ class SimNode:
         for extent, priority in self.order.take():
             chunks = [n for n in self._chunks(extent) if n not in self.present]
             self.leases.want(
-                SWARM, extent, chunks, priority=priority, deadline=now + DEADLINE_SECONDS, now=now
+                SWARM, extent, chunks, priority=priority, deadline=now + DEADLINE_SECONDS[priority], now=now
             )
         self.act()
 
@@ -148,7 +150,15 @@ class SimNode:
             match action:
                 case Send(peer, frame):
                     self.send(peer, frame)
+                case Forget(peer, request):
+                    other = self.world.node(peer)
+                    self.world.clock.at(
+                        self.world.clock.now + self.world.delay(self, other),
+                        partial(other.leases.forgotten, self.peer, request),
+                    )
                 case Serve(peer, request, _, extent, chunks, priority):
+                    if not self.serves:
+                        continue  # and says PENDING for ever
                     self._serve(peer, request, extent, chunks, priority)
                 case Fetch(_, extent, chunks, priority):
                     self._fetch(extent, chunks, priority)
@@ -208,8 +218,8 @@ class SimNode:
                 partial(other.lost, self.peer),
             )
 
-    def landed(self, extent: int, n: int, size: int) -> None:
-        """A chunk is here."""
+    def landed(self, extent: int, n: int, source: bytes | None) -> None:
+        """A chunk is here, from a peer or from the registry."""
         if not self.alive:
             return
         more = False
@@ -222,7 +232,7 @@ class SimNode:
                 if not self._left[extent]:
                     self._extent_done(extent)
                     more = True
-        self.leases.landed(SWARM, extent, (n,), size, self.world.clock.now)
+        self.leases.landed(SWARM, extent, (n,), self.world.clock.now, source=source)
         if more:
             self.pump()
         else:
@@ -261,7 +271,7 @@ class SimNode:
                 if self.alive and other.alive and self.world.reachable(self, other):
                     other.leases.heard(self.peer, self.world.clock.now)
                     at = other.cpu.after(size * RECEIVE_SECONDS_PER_BYTE)
-                    self.world.clock.at(at, lambda: other.landed(extent, n, size))
+                    self.world.clock.at(at, lambda: other.landed(extent, n, self.peer))
 
             self.up.send(size, priority, delay, other.down, arrived)
 
@@ -275,8 +285,9 @@ class SimNode:
         for i, n in enumerate(chunks):
 
             def arrived(n: int = n) -> None:
+                self.leases.fetched(size)
                 at = self.cpu.after(size * RECEIVE_SECONDS_PER_BYTE)
-                self.world.clock.at(at, lambda: self.landed(extent, n, size))
+                self.world.clock.at(at, lambda: self.landed(extent, n, None))
 
             self.world.fetch(self, size, arrived, first=i == 0, priority=priority)
 

@@ -83,6 +83,11 @@ def test_nodes_without_credentials_get_it_from_others() -> None:
     assert (result.copies, result.direct_chunks) == (1.0, 0)
 
 
+def test_members_that_take_and_never_give_are_left() -> None:
+    result = crowd(nodes=60, seed=15, never_serving_share=0.05)
+    assert result.copies <= 4.0
+
+
 def test_slow_links_time_nobody_out() -> None:
     result = crowd(nodes=12, seed=9, up_mbit=20, down_mbit=20, registry_mbit=20)
     assert result.copies == 1.0

@@ -65,7 +65,18 @@ MEMBER = st.builds(Member, PEER, U64, U64, U8, TEXT, TEXT, st.binary(min_size=64
 DOWN = st.builds(Down, PEER, U64, PEER, st.binary(min_size=64, max_size=64))
 frames: st.SearchStrategy[CrowdFrame] = st.one_of(
     st.builds(
-        Ask, U32, B32, U32, LEVEL, U8, st.sampled_from(AskFlag), U64, U64, DEPTH | st.just(DEPTH_NONE), PEERS
+        Ask,
+        U32,
+        B32,
+        U32,
+        LEVEL,
+        U8,
+        st.sampled_from(AskFlag),
+        U64,
+        U64,
+        DEPTH | st.just(DEPTH_NONE),
+        PEERS,
+        PEERS,
     ),
     st.builds(Grant, U32, U64, U32),
     st.builds(Parent, U32, U64, DEPTH, PEER),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from p2pgz.core.crowdframes import encode, parse_body
 from p2pgz.core.crowdmsg import EXTENT_DOCUMENT, CrowdFrame, Member
 from p2pgz.core.homes import Electorate
-from p2pgz.core.leaseactions import Direct, Fetch, Send, Serve
+from p2pgz.core.leaseactions import Direct, Fetch, Forget, Send, Serve
 from p2pgz.core.leases import Leases
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.wire import HEADER
@@ -62,6 +62,8 @@ class Node:
             match action:
                 case Send(peer, frame):
                     lab.send(self, peer, frame)
+                case Forget(peer, request):
+                    lab.nodes[peer].leases.forgotten(self.peer, request)
                 case Serve(peer, request, swarm, extent, chunks, _):
                     for n in chunks:
                         lab.data(self, peer, request, swarm, extent, n)
@@ -80,7 +82,7 @@ class Node:
     def landed(self, extent: int, chunks: tuple[int, ...]) -> None:
         if self.alive:
             self.present.update((SWARM[extent], n) for n in chunks)
-            self.leases.landed(SWARM[extent], extent, chunks, 1000 * len(chunks), self.lab.now)
+            self.leases.landed(SWARM[extent], extent, chunks, self.lab.now)
             self.act()
 
     def failed(self, extent: int) -> None:

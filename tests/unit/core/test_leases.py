@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from p2pgz.core import leasehome, leasesteps
+from p2pgz.core import leaseflight, leasehome, leasesteps
 from p2pgz.core.crowdmsg import (
     DEPTH_MAX,
     DEPTH_NONE,
@@ -33,7 +33,15 @@ from p2pgz.core.crowdmsg import (
 )
 from p2pgz.core.homes import Electorate
 from p2pgz.core.leaseactions import Action, Direct, Fetch, Send, Serve
-from p2pgz.core.leasehome import HAVE_AFTER_SECONDS, LEASE_SECONDS, OPEN_MAX, STALL_SECONDS, HomeDesk
+from p2pgz.core.leaseflight import STALL_DEPTH_SECONDS
+from p2pgz.core.leasehome import (
+    AVOIDED_SECONDS,
+    HAVE_AFTER_SECONDS,
+    LEASE_SECONDS,
+    OPEN_MAX,
+    STALL_SECONDS,
+    HomeDesk,
+)
 from p2pgz.core.leases import Leases
 from p2pgz.core.leasesteps import FORGOTTEN_SECONDS, LAST_HOME_SECONDS, PAUSE_SECONDS, SILENCE_SECONDS
 
@@ -50,8 +58,10 @@ def ask(
     depth: int = DEPTH_NONE,
     flags: AskFlag = AskFlag.NONE,
     extent: int = EXTENT,
+    avoid: tuple[bytes, ...] = (),
+    priority: int = 0,
 ) -> Ask:
-    return Ask(request, SWARM, extent, CLUSTER, 0, flags, 0, lease, depth, exclude)
+    return Ask(request, SWARM, extent, CLUSTER, priority, flags, 0, lease, depth, exclude, avoid)
 
 
 def desk(*, home: bool = True) -> HomeDesk:
@@ -189,14 +199,42 @@ class TestHome:
         ((_, frame),) = home.ask(b"c", ask(2), 0, later)
         assert isinstance(frame, Have)
         assert set(frame.peers) == {b"a", b"b"}
-        ((_, frame),) = home.ask(b"d", ask(3, exclude=(b"a",)), 0, later)
-        assert frame == Have(3, (b"b",))
+        for _ in range(2):
+            ((_, frame),) = home.ask(b"d", ask(3), 0, later)
+            assert isinstance(frame, Have)
         # those who came late are named as well, once they must have it
         ((_, frame),) = home.ask(b"e", ask(4), 0, later + HAVE_AFTER_SECONDS)
         assert isinstance(frame, Have)
         assert set(frame.peers) == {b"c", b"d"}
-        ((_, frame),) = home.ask(b"c", ask(3, exclude=(b"a", b"b", b"d", b"e")), 0, later)
+        # who did not get it from them gets a parent, and at last the lease
+        ((_, frame),) = home.ask(b"c", ask(3, exclude=(b"a",)), 0, later)
+        assert frame == Parent(3, ref.lease, 2, b"b")
+        ((_, frame),) = home.ask(b"f", ask(3, exclude=(b"a", b"b", b"c")), 0, later)
         assert isinstance(frame, Grant)
+
+    def test_a_holder_that_two_readers_got_nothing_from_is_replaced(self) -> None:
+        home = desk()
+        ref = grant(home, b"a")
+        home.ask(b"b", ask(), 0, 0.0)
+        home.ask(b"c", ask(), 0, 0.0)
+        home.renewed(b"a", Done(ref, complete=False), 1.0)
+        again = ask(2, avoid=(b"a",), lease=ref.lease, depth=1)
+        later = 1.0 + AVOIDED_SECONDS
+        assert home.ask(b"b", again, 0, later - 0.1) == [(b"b", Parent(2, ref.lease, 1, b"a"))]
+        assert home.ask(b"b", again, 0, later) == [(b"b", Parent(2, ref.lease, 1, b"a"))]
+        slow = ask(2, avoid=(b"a",), lease=ref.lease, depth=1, priority=3)
+        assert home.ask(b"c", slow, 0, later) == [(b"c", Parent(2, ref.lease, 1, b"a"))]
+        assert home.ask(b"c", again, 0, later) == [(b"c", Grant(2, ref.lease, 3000))]
+        assert home.ask(b"b", again, 0, later) == [(b"b", Parent(2, ref.lease, 1, b"c"))]
+
+    def test_who_is_slow_is_named_only_when_there_is_nobody_else(self) -> None:
+        home = desk()
+        ref = grant(home, b"a")
+        for i in range(10):
+            ((_, frame),) = home.ask(b"%d" % i, ask(avoid=(b"a",)), 0, 0.0)
+            assert isinstance(frame, Parent)
+            assert (frame.peer == b"a") == (i == 0)
+        assert ref.lease == frame.lease
 
     def test_a_closed_connection_ends_a_lease_that_is_in_use(self) -> None:
         home = desk()
@@ -251,9 +289,8 @@ class TestHome:
         ref = grant(home, b"a")
         record = home._records[SWARM, EXTENT, CLUSTER]
         record.seats = {b"a": record.seats[b"a"], b"deep": leasehome._Seat(DEPTH_MAX, 0.0)}
-        record.seats[b"a"].children = 2
-        assert home.ask(b"b", ask(), 0, 0.0) == []
-        # one that had a place under the holder, which is too busy for the others, has it still
+        assert home.ask(b"b", ask(exclude=(b"a",)), 0, 0.0) == []
+        # one that had a place under the holder has it still
         kept = ask(3, lease=ref.lease, depth=1)
         assert home.ask(b"c", kept, 0, 0.0) == [(b"c", Parent(3, ref.lease, 1, b"a"))]
 
@@ -308,7 +345,8 @@ class Machine:
 
     def land(self, *chunks: int) -> None:
         self.present.update(chunks)
-        self.leases.landed(SWARM, EXTENT, chunks, 100, self.now)
+        self.leases.fetched(100)
+        self.leases.landed(SWARM, EXTENT, chunks, self.now)
 
     def get(self, peer: bytes, frame: CrowdFrame) -> list[Action]:
         self.leases.receive(peer, frame, self.now)
@@ -497,7 +535,7 @@ class TestMember:
         machine.want(2)
         (follow,) = follows(machine.leases.actions())
         assert follow.runs == ((2, 1),)
-        machine.leases.landed(SWARM, 99, [1], 0, machine.now)
+        machine.leases.landed(SWARM, 99, [1], machine.now)
 
     def test_a_parent_that_says_nothing_is_left(self) -> None:
         machine = Machine()
@@ -524,7 +562,21 @@ class TestMember:
         while not found:
             machine.get(b"par", Pending((follow.request,)))
             found = asks(machine.wait(0.5))
-        assert machine.now >= 1000 + STALL_SECONDS
+        assert machine.now - 1000 == pytest.approx(
+            leaseflight.STALL_SECONDS + 3 * STALL_DEPTH_SECONDS, abs=0.6
+        )
+        # nor is it followed for anything else
+        machine.want(1, extent=8)
+        _, question = machine.asked()
+        assert (question.exclude, question.avoid) == ((), (b"par",))
+
+    def test_a_parent_that_sends_other_chunks_is_busy(self) -> None:
+        machine = Machine()
+        follow = machine.follow()
+        for _ in range(20):
+            machine.leases.landed(SWARM, 99, [1], machine.now, source=b"par")
+            machine.get(b"par", Pending((follow.request,)))
+            assert asks(machine.wait(0.5)) == []
 
     def test_a_parent_that_is_none_is_left_at_once(self) -> None:
         machine = Machine()
@@ -689,7 +741,7 @@ class TestMember:
             machine.want(1, extent=extent)
         assert len(machine.leases._flights) == 3
         machine.leases.unwant(SWARM, 4, [1])
-        machine.leases.landed(SWARM, 4, [1], 0, machine.now)
+        machine.leases.landed(SWARM, 4, [1], machine.now)
         machine.want(1, extent=9)
         assert (SWARM, 4) not in machine.leases._flights
 
