@@ -216,11 +216,15 @@ class Connection(Asking):
     # --- frames in
 
     async def _receive(self) -> None:
-        handlers = self._handlers
-        for frame in self._first_frames:
-            handlers[type(frame)](frame)
         stream, reader = self._stream, self._reader
+        frames = self._first_frames
         while True:
+            for number, frame in enumerate(frames, 1):
+                self._handlers[type(frame)](frame)
+                if not number % FRAMES_AT_ONCE:
+                    await trio.lowlevel.checkpoint()
+            if reader.skipped_frames > SKIPPED_MAX:
+                raise PeerFault("thousands of frames that this version does not know")
             data = await stream.receive()
             if not data:
                 broken = reader.in_frame or self.downloads.waiting
@@ -231,12 +235,7 @@ class Connection(Asking):
             self._heard_at = trio.current_time()
             self._pinged = False
             self._received_bytes += len(data)
-            for number, frame in enumerate(reader.feed(data), 1):
-                handlers[type(frame)](frame)
-                if not number % FRAMES_AT_ONCE:
-                    await trio.lowlevel.checkpoint()
-            if reader.skipped_frames > SKIPPED_MAX:
-                raise PeerFault("thousands of frames that this version does not know")
+            frames = reader.feed(data)
 
     def _on_data(self, frame: Data) -> None:
         if self.downloads.on_data(frame):
