@@ -256,6 +256,28 @@ async def test_tmpfs_is_refused_unless_told_otherwise():
         subprocess.run(["rm", "-r", state], check=True)
 
 
+@pytest.mark.parametrize(
+    ("magic", "name"), [(0x6969, "NFS"), (0x0BD00BD0, "Lustre"), (0xFF534D42, "SMB"), (0x01021997, "9p")]
+)
+async def test_network_file_systems_are_refused_by_their_kind(tmp_path, monkeypatch, magic, name):
+    """statfs(2) is asked on a local one here; what it says is the only thing that is looked at."""
+    monkeypatch.setattr("p2pgz.pool.disk.file_system_type", lambda _: magic)
+    with pytest.raises(StateError, match=f"is on {name}"):
+        async with opened(tmp_path / "state"):
+            pass
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+async def test_a_directory_that_others_may_write_is_taken_from_them(tmp_path):
+    state = tmp_path / "state"
+    async with opened(state):
+        pass
+    state.chmod(0o777)
+    (state / "pool").chmod(0o770)
+    async with opened(state):
+        assert (state.stat().st_mode & 0o777, (state / "pool").stat().st_mode & 0o777) == (0o755, 0o750)
+
+
 async def test_a_place_that_cannot_be_written_is_named(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
