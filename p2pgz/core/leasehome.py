@@ -49,6 +49,8 @@ ACCUSED_STALL_SECONDS: Final = 5.0
 # may be slow, and readers go first
 AVOIDED_SECONDS: Final = 6.0
 AVOIDED_UNURGENT_SECONDS: Final = 40.0
+# One asker could be lying; but it may be the only one that is left
+AVOIDED_ALONE_SECONDS: Final = 20.0
 PENDING_SECONDS: Final = 0.25
 # Finished this long ago: the tree below the holder has it, too, and any of them may be asked
 HAVE_AFTER_SECONDS: Final = 5.0
@@ -76,7 +78,7 @@ class _Seat:
 
 class _Record:
     __slots__ = (
-        "avoided_by",
+        "avoided_at", "avoided_by",
         "complete", "done_at", "excluded_by", "expires", "got_bytes", "granted_at", "here", "lease", "progress_at", "root",
         "seats", "stalled", "touched", "waiters",
     )  # fmt: skip
@@ -86,6 +88,7 @@ class _Record:
         self.root: bytes | None = None
         self.stalled: bytes | None = None
         self.avoided_by: bytes | None = None
+        self.avoided_at = now
         self.seats: dict[bytes, _Seat] = {}
         self.waiters: dict[bytes, Ask] = {}
         self.excluded_by: dict[bytes, bytes] = {}
@@ -245,8 +248,10 @@ class HomeDesk:
     def _place(self, record: _Record, asker: bytes, ask: Ask, now: float, sent: Sent) -> None:
         long_there = record.done_at is not None and now - record.done_at > HAVE_AFTER_SECONDS
         if record.complete and long_there and not ask.exclude and not ask.avoid:
-            sent.append((asker, Have(ask.request, self._few_who_have_it(record, asker, now))))
-            return
+            few = self._few_who_have_it(record, asker, now)
+            if few:
+                sent.append((asker, Have(ask.request, few)))
+                return
         may = not ask.flags & AskFlag.NO_GRANT
         # Without a holder all others may wait for one; if the last one got what it was asked for, they have it, too
         orphaned = record.root is None and not record.here
@@ -275,23 +280,28 @@ class HomeDesk:
         """Whether two askers have got nothing from the holder for long."""
         if record.root not in ask.avoid:
             return False
-        record.avoided_by = record.avoided_by or asker
+        if record.avoided_by is None:
+            record.avoided_by, record.avoided_at = asker, now
         limit = AVOIDED_UNURGENT_SECONDS if ask.priority else AVOIDED_SECONDS
-        return record.avoided_by != asker and record.done_at is not None and now - record.done_at >= limit
+        alone = record.avoided_by == asker and now - record.avoided_at < AVOIDED_ALONE_SECONDS
+        return not alone and record.done_at is not None and now - record.done_at >= limit
 
     def _few_who_have_it(self, record: _Record, asker: bytes, now: float) -> tuple[bytes, ...]:
-        """Those who sent it least often; the asker is one of them for those who ask later."""
+        """Those who had it for long and sent it least often, while there are any that have not sent it enough.
+
+        Else the asker gets a parent and a place in the tree, and is one of them for those who ask later. Whoever came first
+        would send to everybody otherwise.
+        """
         seats = record.seats
         others = [
-            peer for peer, seat in seats.items() if peer != asker and now - seat.since >= HAVE_AFTER_SECONDS
+            peer
+            for peer, seat in seats.items()
+            if peer != asker and seat.children < FANOUT and now - seat.since >= HAVE_AFTER_SECONDS
         ]
         self._rng.shuffle(others)
         few = sorted(others, key=lambda peer: seats[peer].children)[:HAVE_NAMED]
         for peer in few:
             seats[peer].children += 1
-        if asker not in seats:
-            seats[asker] = _Seat(DEPTH_MAX, now)
-            self._forget_seats(record)
         return tuple(few)
 
     def _pick(self, record: _Record, asker: bytes, ask: Ask) -> bytes | None:
@@ -300,10 +310,12 @@ class HomeDesk:
         seats = record.seats
         if keeps:  # its children stay with it if its parent stays above: there, more than FANOUT is allowed
             near = [
-                p for p, s in seats.items() if s.depth < ask.depth and p != asker and p not in ask.exclude
+                peer
+                for peer, seat in seats.items()
+                if seat.depth < ask.depth and peer != asker and peer not in (*ask.exclude, *ask.avoid)
             ]
             if near:
-                return min(near, key=lambda peer: (peer in ask.avoid, seats[peer].children))
+                return min(near, key=lambda peer: seats[peer].children)
             if record.root is None or record.root in ask.exclude:
                 return None  # it stood right below the holder: it should become the holder itself
         free = [

@@ -88,6 +88,12 @@ def test_members_that_take_and_never_give_are_left() -> None:
     assert result.copies <= 4.0
 
 
+def test_late_starters_do_not_all_ask_whoever_came_first() -> None:
+    result = crowd(nodes=100, seed=16, start_within_seconds=15.0)
+    assert result.copies == 1.0
+    assert result.busiest_ratio <= 4.0
+
+
 def test_slow_links_time_nobody_out() -> None:
     result = crowd(nodes=12, seed=9, up_mbit=20, down_mbit=20, registry_mbit=20)
     assert result.copies == 1.0

@@ -35,6 +35,7 @@ from p2pgz.core.homes import Electorate
 from p2pgz.core.leaseactions import Action, Direct, Fetch, Send, Serve
 from p2pgz.core.leaseflight import STALL_DEPTH_SECONDS
 from p2pgz.core.leasehome import (
+    AVOIDED_ALONE_SECONDS,
     AVOIDED_SECONDS,
     HAVE_AFTER_SECONDS,
     LEASE_SECONDS,
@@ -199,17 +200,18 @@ class TestHome:
         ((_, frame),) = home.ask(b"c", ask(2), 0, later)
         assert isinstance(frame, Have)
         assert set(frame.peers) == {b"a", b"b"}
-        for _ in range(2):
-            ((_, frame),) = home.ask(b"d", ask(3), 0, later)
-            assert isinstance(frame, Have)
-        # those who came late are named as well, once they must have it
-        ((_, frame),) = home.ask(b"e", ask(4), 0, later + HAVE_AFTER_SECONDS)
-        assert isinstance(frame, Have)
-        assert set(frame.peers) == {b"c", b"d"}
+        # the holder has a child and was named: it has sent enough
+        assert home.ask(b"d", ask(3), 0, later) == [(b"d", Have(3, (b"b",)))]
+        # when all have, one gets a parent, and is named later, once it must have it
+        ((_, frame),) = home.ask(b"e", ask(4), 0, later)
+        assert isinstance(frame, Parent)
+        assert frame.lease == ref.lease
+        later += HAVE_AFTER_SECONDS
+        assert home.ask(b"f", ask(5), 0, later) == [(b"f", Have(5, (b"e",)))]
         # who did not get it from them gets a parent, and at last the lease
-        ((_, frame),) = home.ask(b"c", ask(3, exclude=(b"a",)), 0, later)
-        assert frame == Parent(3, ref.lease, 2, b"b")
-        ((_, frame),) = home.ask(b"f", ask(3, exclude=(b"a", b"b", b"c")), 0, later)
+        ((_, frame),) = home.ask(b"f", ask(6, exclude=(b"a", b"e")), 0, later)
+        assert frame == Parent(6, ref.lease, 2, b"b")
+        ((_, frame),) = home.ask(b"g", ask(7, exclude=(b"a", b"b", b"e", b"f")), 0, later)
         assert isinstance(frame, Grant)
 
     def test_a_holder_that_two_readers_got_nothing_from_is_replaced(self) -> None:
@@ -220,12 +222,22 @@ class TestHome:
         home.renewed(b"a", Done(ref, complete=False), 1.0)
         again = ask(2, avoid=(b"a",), lease=ref.lease, depth=1)
         later = 1.0 + AVOIDED_SECONDS
-        assert home.ask(b"b", again, 0, later - 0.1) == [(b"b", Parent(2, ref.lease, 1, b"a"))]
-        assert home.ask(b"b", again, 0, later) == [(b"b", Parent(2, ref.lease, 1, b"a"))]
+        assert home.ask(b"b", again, 0, later - 0.1) == [(b"b", Parent(2, ref.lease, 2, b"c"))]
+        assert home.ask(b"b", again, 0, later)[0][1] == Parent(2, ref.lease, 2, b"c")
         slow = ask(2, avoid=(b"a",), lease=ref.lease, depth=1, priority=3)
-        assert home.ask(b"c", slow, 0, later) == [(b"c", Parent(2, ref.lease, 1, b"a"))]
+        assert isinstance(home.ask(b"c", slow, 0, later)[0][1], Parent)
         assert home.ask(b"c", again, 0, later) == [(b"c", Grant(2, ref.lease, 3000))]
         assert home.ask(b"b", again, 0, later) == [(b"b", Parent(2, ref.lease, 1, b"c"))]
+
+    def test_one_that_is_left_alone_with_a_holder_that_gives_nothing_gets_the_lease(self) -> None:
+        home = desk()
+        ref = grant(home, b"a")
+        home.renewed(b"a", Done(ref, complete=False), 1.0)
+        again = ask(2, avoid=(b"a",), lease=ref.lease, depth=1)
+        later = 1.0 + AVOIDED_SECONDS
+        assert home.ask(b"b", again, 0, later) == [(b"b", Parent(2, ref.lease, 1, b"a"))]
+        later += AVOIDED_ALONE_SECONDS
+        assert home.ask(b"b", again, 0, later) == [(b"b", Grant(2, ref.lease, 3000))]
 
     def test_who_is_slow_is_named_only_when_there_is_nobody_else(self) -> None:
         home = desk()
