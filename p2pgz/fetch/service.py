@@ -139,6 +139,11 @@ class ChunkFetcher:
             hint="free some space, or raise pool.quota_bytes",
         )
 
+    async def keep(self, segment: Segment, chunks: Sequence[int]) -> None:
+        """Try once more to put on the disk what found no room there; what still finds none stays in memory for a while."""
+        unkept = [(n, chunk) for n in chunks if (chunk := self._pool.unkept(segment, n)) is not None]
+        await self._pool.add_many(segment, unkept)
+
     async def ensure_chunks(self, segment: Segment, chunks: Sequence[int], priority: Priority) -> None:
         """The same for any set of chunks; those that the pool has no room for are in its overflow for a while.
 

@@ -313,7 +313,9 @@ class Seeder:
                 full = error
             seed.layers = await trio.to_thread.run_sync(measured, segments)
             missing = seed.total_bytes - seed.done_bytes
-            if last or not await self._upkeep.make_room(missing):
+            if not last:  # however little goes: others may have made room meanwhile
+                await self._upkeep.make_room(missing)
+            else:
                 raise PoolFull(
                     f"{seed.key.reference}: {missing} bytes of it have no room",
                     hint="raise pool.quota_bytes, free some space, or let go of other seeds and pins",
@@ -340,6 +342,7 @@ class Seeder:
                 batch_bytes = sum(size[n] for n in batch)
                 await self._limiter.take(batch_bytes)
                 await self._fetcher.ensure_chunks(segment, batch, Priority.START_UP)
+                await self._fetcher.keep(segment, batch)
                 layer.done_bytes += batch_bytes
                 seed.tell()
         if not is_whole(segment):  # what has no room goes through memory
