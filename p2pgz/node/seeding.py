@@ -313,13 +313,12 @@ class Seeder:
                 full = error
             seed.layers = await trio.to_thread.run_sync(measured, segments)
             missing = seed.total_bytes - seed.done_bytes
-            if not last:  # however little goes: others may have made room meanwhile
-                await self._upkeep.make_room(missing)
-            else:
+            if last:
                 raise PoolFull(
                     f"{seed.key.reference}: {missing} bytes of it have no room",
                     hint="raise pool.quota_bytes, free some space, or let go of other seeds and pins",
                 ) from full
+            await self._upkeep.make_room(missing)
 
     async def _fetch_layers(self, seed: Seed) -> None:
         limit = trio.CapacityLimiter(LAYERS_AT_ONCE)

@@ -119,9 +119,14 @@ class Upkeep:
             self._config.scrub_bytes_per_second if rate is None else rate, progress
         )
 
-    async def make_room(self, count: int) -> int:
-        """Evict cold chunks for what is to be kept; returns how many bytes that freed."""
-        return await self.evictor.evict(self.evictor.above_low_water() + count, grace_tenths=GRACE_TENTHS[-1])
+    async def make_room(self, count: int) -> None:
+        """Evict cold chunks for what is to be kept and can wait a moment: what came just now may go after its grace."""
+        grace = GRACE_TENTHS[-1]
+        need = self.evictor.above_low_water() + count
+        freed = await self.evictor.evict(need, grace_tenths=grace)
+        if freed < need:
+            await trio.sleep((grace + 1) / 10)
+            await self.evictor.evict(need - freed, grace_tenths=grace)
 
     async def pin(self, image: OpenImage, *, owner: str = USER) -> dict[str, Any]:
         """Keep the chunks of an image, whatever the quota says, until `owner` unpins it. Fetches nothing."""

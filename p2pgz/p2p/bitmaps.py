@@ -45,6 +45,11 @@ class Bitmaps:
         """Whether the peer says that it has anything of what we follow."""
         return any(any(told.bits) for told in self._told.values())
 
+    @property
+    def swarms(self) -> int:
+        """Of how many of the swarms that we follow the peer says it has something."""
+        return sum(any(told.bits) for told in self._told.values())
+
     def follow(self, swarm: bytes, secret: bytes = b"") -> bool:
         """Whether the peer is to be asked (not followed yet). With a secret, it has to prove that it knows it, too."""
         if swarm in self._told or len(self._told) >= FOLLOWED_MAX or (secret and self._proofs is None):

@@ -350,6 +350,7 @@ class Exchange:
                 "peer_id": str(c.peer),
                 "version": c.version,
                 "seconds": now - c.since,
+                "layers": c.bitmaps.swarms,
                 "received_bytes": c.downloads.received_bytes,
                 "expected_seconds": c.expected_seconds(),
                 "faults": self.standing.faults_of(c.peer),
