@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills evict crashpoints soak sim lint format coverage wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills evict crashpoints soak sim dht-promise lint format coverage wheel-test docs lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -59,6 +59,12 @@ soak:
 	@.ci/setup test
 	@.venv/bin/python -m tests.e2e.restart.soak $(ARGS)
 
+# A day in the life of a DHT with 64 real servers and a Go client, instead of 24; needs Go and some minutes
+dht-promise:
+	@.ci/setup test
+	P2PGZ_TEST_DHT_SERVERS=64 $(PYTEST) -q tests/interop/test_dht_peers.py tests/unit/p2p/test_dht_promise.py \
+	    -k 'day_later or after_a_day' $(ARGS)
+
 lint:
 	@.ci/setup test
 	@.ci/lint
@@ -67,11 +73,11 @@ format: setup
 	.venv/bin/ruff check --fix-only -q .
 	.venv/bin/ruff format .
 
-# Line and branch coverage of what runs in the test process; core/ has no excuse, it is sans-io.
+# Line and branch coverage of what runs in the test process; core/ has no excuse, it is sans-io. What is slow runs in `test`.
 coverage:
 	@.ci/setup test
 	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -q $(FAST) $(ARGS)
+	.venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -q -m 'not slow' $(FAST) $(ARGS)
 	.venv/bin/coverage combine -q
 	.venv/bin/coverage report --skip-covered
 	.venv/bin/coverage report --include='p2pgz/core/*' --fail-under=100 >/dev/null || { echo 'core/ is below 100 %'; exit 1; }
