@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -130,6 +131,8 @@ async def take(arguments: argparse.Namespace) -> None:
         for run in range(arguments.runs):
             await bare(bare_port, Path(folder) / "bare", toc, bulk, note, giver_cpu, bulk_bytes)
             await exchanged(port, peer, Path(folder) / f"take{run}", toc, bulk, note, giver_cpu, bulk_bytes)
+            # its pages are the next run's: a guest pays for a page that its host has not given it yet, in either system
+            shutil.rmtree(Path(folder) / f"take{run}")
         giver.stdin.close()
         giver.wait()
     medians = {name: statistics.median(values) for name, values in results.items()}
