@@ -54,7 +54,7 @@ sim:
 	@.venv/bin/python -m p2pgz.testing.sim --nodes $(N) $(ARGS)
 
 # Half an hour of mixed load with random faults; memory, descriptors and tasks may not grow. One line of JSON.
-# make soak ARGS="--minutes 3"
+# make soak ARGS="--minutes 3 --only paused --density 5"
 soak:
 	@.ci/setup test
 	@.venv/bin/python -m tests.e2e.restart.soak $(ARGS)

@@ -1,7 +1,7 @@
 """Looks for cyclic garbage once a minute. Run by `node.run` in the daemon only: it changes the whole process.
 
 The daemon's thresholds (`cli.node`) keep Python's collector off the event loop: it hardly ever looks at older objects.
-Closed connections are cycles, with TLS state and buffers in them. This alone does not keep memory flat: see `make soak`.
+Closed connections are cycles, with TLS state and buffers in them.
 """
 
 from __future__ import annotations

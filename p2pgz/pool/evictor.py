@@ -7,6 +7,7 @@ their readers (`overflow`) until there is room again. Design, section 3.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,8 @@ GRACE_TENTHS: Final = (20, 2)
 RESUME_BYTES: Final = 8 << 20
 RESUME_SHARE: Final = 0.02
 COMPLAIN_AGAIN_SECONDS: Final = 60.0
+# What is in memory for want of room is forgotten after once or twice this time without a reader, who has it by then
+UNKEPT_UNUSED_SECONDS: Final = 30.0
 # How much more is looked at than is needed, since not all of a segment may go
 CANDIDATES_FACTOR: Final = 2
 
@@ -81,6 +84,7 @@ class Evictor:
         self._evicting = trio.Lock()
         self._wake = trio.Event()
         self._aside: dict[int, float] = {}
+        self._forget_at = -math.inf
         self._complained_at = -COMPLAIN_AGAIN_SECONDS
         self._said_full = False
         self.counts: Counter[str] = Counter()
@@ -155,6 +159,9 @@ class Evictor:
                 await trio.sleep(TICK_SECONDS)
 
     async def _look(self) -> None:
+        if trio.current_time() >= self._forget_at:
+            self._forget_at = trio.current_time() + UNKEPT_UNUSED_SECONDS
+            self._pool.overflow.forget_unused()
         async with self._evicting:
             await self._measure()
             while need := self._excess():
@@ -172,7 +179,9 @@ class Evictor:
             await self._pool.take_reserve()
             await self._measure()
             await self._try_to_keep()
-        elif self._pool.failing and (waiting := self._pool.overflow.oldest()) is not None:
+        elif not self._pool.failing:
+            await self._write_out_waiting()
+        elif (waiting := self._pool.overflow.oldest()) is not None:
             await self._pool.write_out(*waiting)
 
     def _excess(self) -> int:
@@ -306,20 +315,21 @@ class Evictor:
     async def _try_to_keep(self) -> None:
         """Back to keeping once the disk takes what waits in memory."""
         resume = max(self._floor_bytes, min(RESUME_BYTES, int(self._total_bytes * RESUME_SHARE)))
-        if self._free_bytes < resume or not self.has_slack_for(1):
+        if self._free_bytes < resume or not self.has_slack_for(1) or not await self._write_out_waiting():
             return
-        while (waiting := self._pool.overflow.oldest()) is not None:
-            segment, n, chunk = waiting
-            if not self.admits(len(chunk)):
-                break
-            try:
-                await self._pool.write_out(segment, n, chunk)
-            except PoolFull:
-                return
         self._keeps = True
         if self._said_full:
             self._said_full = False
             log.info("pool.keeps_again", used_bytes=self.used_bytes, free_bytes=self._free_bytes)
+
+    async def _write_out_waiting(self) -> bool:
+        """What waits in memory goes to the disk as far as the quota allows; false when there is no room for it."""
+        while (waiting := self._pool.overflow.oldest()) is not None and self.has_slack_for(len(waiting[2])):
+            try:
+                await self._pool.write_out(*waiting)
+            except PoolFull:
+                return False
+        return True
 
     def has_slack_for(self, count: int) -> bool:
         """Whether the quota leaves room for this much."""

@@ -171,6 +171,7 @@ class ChunkRemoval(ChunkCopies):
             with trio.CancelScope(shield=True):
                 self._committer.drop(segment, everything)
                 self._committer.abandon(segment)
+                self.overflow.drop_all(segment)
                 await self._shelf.forget(segment)
         finally:
             segment.end_removal(everything)

@@ -62,6 +62,8 @@ class Soak:
     other: LazyNode
     registry: RegistryThread
     rng: random.Random
+    only: str = ""
+    """faults with this in their names"""
     samples: list[Sample] = field(default_factory=list)
     faults_made: dict[str, int] = field(default_factory=dict)
     mounts_made: int = 0
@@ -84,7 +86,7 @@ class Soak:
             "fs paused": lambda: self.pause(self.watched.fs_pids()),
             "node paused": lambda: self.pause([pid_of(self.watched)]),
         }
-        name = self.rng.choice(list(kinds))
+        name = self.rng.choice([name for name in kinds if self.only in name])
         kinds[name]()
         self.faults_made[name] = self.faults_made.get(name, 0) + 1
 
@@ -160,8 +162,8 @@ def joined(folder: Path, quota_bytes: int) -> Iterator[tuple[LazyNode, LazyNode]
             node.close()
 
 
-def run(minutes: float, seed: int) -> dict[str, Any]:
-    """The figures, and what was wrong."""
+def run(minutes: float, seed: int, *, only: str = "", density: float = 1.0) -> dict[str, Any]:
+    """The figures, and what was wrong. `only`: see `Soak`; `density`: how much more often than usual there are faults."""
     rng = random.Random(seed)
     with ExitStack() as stack:
         folder = stack.enter_context(state_folder())
@@ -170,7 +172,7 @@ def run(minutes: float, seed: int) -> dict[str, Any]:
         small, small_hashes = push_image(folder / "small", registry.address, seed + 1, SMALL_FILES)
         quota = int(POOL_SHARE * sum(map(file_bytes, range(FILES))))
         watched, other = stack.enter_context(joined(folder, quota))
-        soak = Soak(watched, other, registry, rng)
+        soak = Soak(watched, other, registry, rng, only)
         roots = {node: folder / name / "root" for name, node in (("watched", watched), ("other", other))}
         for node, root in roots.items():
             root.mkdir()
@@ -186,7 +188,7 @@ def run(minutes: float, seed: int) -> dict[str, Any]:
         while (now := time.monotonic()) < ends_at and not (readers.faults or others_readers.faults):
             if now >= trouble_at:
                 soak.trouble()
-                trouble_at = time.monotonic() + rng.uniform(*FAULT_EVERY_SECONDS)
+                trouble_at = time.monotonic() + rng.uniform(*FAULT_EVERY_SECONDS) / density
             elif now >= sample_at:
                 soak.mount_and_unmount(small, small_hashes, second)
                 soak.sample()
@@ -232,8 +234,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
+    parser.add_argument("--only", default="", help="only faults with this in their names")
+    parser.add_argument("--density", type=float, default=1.0, help="so many times as many faults")
     arguments = parser.parse_args()
-    figures = run(arguments.minutes, arguments.seed)
+    figures = run(arguments.minutes, arguments.seed, only=arguments.only, density=arguments.density)
     print(json.dumps(figures))
     return bool(figures["failures"])
 

@@ -479,7 +479,62 @@ async def test_overflow_never_exceeds_its_limit_but_for_one_large_chunk(tmp_path
     assert ring.get(other, 3) is None
     ring.drop(segment, 3)
     assert (ring.bytes, ring.oldest()) == (0, None)
+    assert ring.put(segment, 0, layer.verified(0))
+    ring.drop_all(other)
+    assert ring.bytes == 1000
+    ring.drop_all(segment)
+    assert ring.bytes == len(ring) == 0
     assert not Overflow(0).put(segment, 0, layer.verified(0))
+
+
+async def test_what_waits_in_memory_at_the_edge_of_the_quota_is_written_or_forgotten_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keeping begins again with room for some of it: the rest must not stay until the node ends."""
+    layer = layer_of(33)
+    async with pool_of(tmp_path, quota_bytes=QUOTA) as (pool, evictor, users):
+        segment = await pool.open_segment(layer.layout)
+        users.strangers = True  # nothing may be evicted for now
+        for n in range(32):
+            await pool.add(segment, n, layer.verified(n))
+        assert not evictor.keeps
+        waiting = len(pool.overflow)
+        assert waiting >= 16
+        users.strangers = False
+        evictor._aside.clear()  # it would try that segment again in half a minute
+        await evictor._look()
+        assert evictor.keeps
+        assert len(pool.overflow) == waiting  # there was room for less than a chunk
+        assert await evictor.evict(4 * CHUNK)
+        await evictor._look()
+        assert 0 < len(pool.overflow) < waiting
+        while len(pool.overflow):
+            assert await evictor.evict(4 * CHUNK)
+            await evictor._look()
+        assert pool.overflow.bytes == 0
+        assert evictor.used_bytes <= QUOTA
+        assert check_content(segment, layer) == len(here(segment)) > 8
+
+
+async def test_what_waits_in_memory_and_is_not_asked_for_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNKEPT_UNUSED_SECONDS", 0)
+    layer, disk = layer_of(34), FaultyDisk()
+    async with pool_of(tmp_path, disk) as (pool, evictor, _):
+        segment = await pool.open_segment(layer.layout)
+        disk.room_bytes = 0
+        for n in range(4):
+            await pool.add(segment, n, layer.verified(n))
+        await evictor._look()
+        assert len(pool.overflow) == 4  # it has only just come
+        wanted = pool.unkept(segment, 2)
+        assert wanted is not None
+        await evictor._look()
+        assert pool.overflow.oldest() == (segment, 2, wanted)
+        assert pool.overflow.bytes == CHUNK
+        await evictor._look()
+        assert pool.overflow.bytes == len(pool.overflow) == 0
 
 
 async def test_room_that_the_index_gave_up_is_taken_back_in_part_and_before_chunks_get_it(
