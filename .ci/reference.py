@@ -18,6 +18,7 @@ import msgspec
 from p2pgz import cli, config, errors
 from p2pgz.node.live import AT_ONCE
 from p2pgz.web import api
+from p2pgz.web.metrics import METRICS
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 # every command takes them: they stand in the section of `p2pgz` alone
@@ -193,6 +194,18 @@ def request_block() -> list[str]:
     return lines
 
 
+def metric_block() -> list[str]:
+    """One row for each metric."""
+    rows = []
+    for metric in METRICS:
+        labels = [
+            f"`{name}`" + (": " + ", ".join(values) if values else "")
+            for name, values in metric.labels.items()
+        ]
+        rows.append((f"`{metric.full_name}`", metric.kind, metric.meaning, "; ".join(labels)))
+    return table(("metric", "kind", "meaning", "labels"), rows)
+
+
 def error_classes() -> list[type[errors.P2pgzError]]:
     """The tree of errors, base first, in the order of the source."""
     return [
@@ -207,6 +220,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "config": config_block,
     "default-file": default_block,
     "requests": request_block,
+    "metrics": metric_block,
 }
 
 

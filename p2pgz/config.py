@@ -108,6 +108,17 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """a node that a command started for itself ends this long after its last mount"""
 
 
+class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The status page, metrics and probes. Nothing can be changed there; whoever reaches it can read all of it."""
+
+    listen: str = "auto"
+    """address, such as "127.0.0.1:4802" or ":4802" (every interface); "auto": port 4802 of the loopback interface, or any
+    port if it is taken, and nothing for a node that a command starts for itself; "none": nothing"""
+    hosts: list[str] = []
+    """further names that browsers and scrapers may call this host by; its own name, localhost and addresses are
+    always right"""
+
+
 class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The swarm: other hosts that give chunks and are given some."""
 
@@ -185,6 +196,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fetch: FetchConfig = FetchConfig()
     mount: MountConfig = MountConfig()
     node: NodeConfig = NodeConfig()
+    http: HttpConfig = HttpConfig()
     peers: PeersConfig = PeersConfig()
     seed: SeedConfig = SeedConfig()
     mounts: list[MountAtStart] = []
@@ -272,6 +284,7 @@ def _environment_keys(environment: Mapping[str, str]) -> dict[str, str]:
 _LISTS = frozenset(
     {
         "registry.plain_http",
+        "http.hosts",
         "peers.listen",
         "peers.announce",
         "peers.bootstrap",

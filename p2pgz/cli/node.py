@@ -24,6 +24,12 @@ from p2pgz.errors import P2pgzError
 )
 @click.option("--mdns", is_flag=True, help="Look for peers on the local network.")
 @click.option("--no-peers", is_flag=True, help="Have no peers.")
+@click.option(
+    "--http",
+    default="",
+    metavar="HOST:PORT",
+    help="Where status page and metrics are; default: 127.0.0.1:4802.",
+)
 @click.option("--ephemeral", is_flag=True, help="End after the last mount (what `p2pgz mount` starts).")
 @click.option("--ready-fd", type=int, hidden=True, help="Write one line here once the node answers.")
 @click.option("--replace-fs", is_flag=True, hidden=True, help="Exchange all file system processes.")
@@ -38,6 +44,7 @@ def node(
     bootstrap: tuple[str, ...],
     mdns: bool,
     no_peers: bool,
+    http: str,
 ) -> None:
     """Run the node in the foreground. SIGTERM ends it; mounts go on with the bytes that are here. SIGHUP lets it read its
     configuration again."""
@@ -59,6 +66,7 @@ def node(
             "peers.bootstrap": list(bootstrap),
             "peers.mdns": mdns,
             "peers.enabled": "never" if no_peers else "",
+            "http.listen": http,
         }
         given = {key: value for key, value in flags.items() if value}
         loaded = settings.load(given)

@@ -30,6 +30,8 @@ def status(settings: Settings, /, as_json: bool) -> None:
         return
     node, pool = document["node"], document["pool"]
     click.echo(f"node {node['version']}, up {node['uptime_seconds']:.0f} s, pid {node['pid']}")
+    if node.get("http"):
+        click.echo(f"page {node['http'][0]}")
     for mount in document["mounts"]:
         share = 100 * mount["present_bytes"] / mount["bytes"] if mount["bytes"] else 100
         click.echo(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from p2pgz.core.schedule import Priority
 from p2pgz.core.verify import VerifiedChunk
 from p2pgz.fetch.trace import Kind, Source, Trace
 from p2pgz.pool.segment import Segment
+from p2pgz.telemetry.histogram import Histogram
 
 
 class Counters:
@@ -14,6 +16,7 @@ class Counters:
 
     __slots__ = (
         "corrupt_chunks",
+        "flights_shared",
         "peer_bytes",
         "peer_chunks",
         "peer_failures",
@@ -22,6 +25,7 @@ class Counters:
         "registry_bytes",
         "registry_chunks",
         "trace",
+        "waits",
         "wasted_bytes",
     )
 
@@ -33,6 +37,10 @@ class Counters:
         self.peer_failures = 0
         self.wasted_bytes = 0
         """that came although they were here already: the losers of races"""
+        self.flights_shared = 0
+        """chunks asked for that were on their way already"""
+        self.waits = {priority: Histogram() for priority in Priority}
+        """how long those waited who asked for chunks that were not here"""
         self.trace = Trace()
         """and from whom each chunk came"""
 

@@ -25,6 +25,7 @@ from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.hearing import hear
 from p2pgz.p2p.indirect import Indirect
 from p2pgz.pool.pool import Pool
+from p2pgz.telemetry.histogram import Histogram
 
 if TYPE_CHECKING:
     from p2pgz.p2p.dht import Dht
@@ -84,6 +85,8 @@ class Discovery:
         self._wanted: dict[bytes, _Search] = {}
         self._wake = trio.Event()
         self._reached: dict[bytes, bytes] = {}
+        self.lookup_seconds = Histogram()
+        """how long looks for providers in the DHT took"""
 
     # --- what the race and the bootstrap say
 
@@ -220,6 +223,7 @@ class Discovery:
             await trio.lowlevel.checkpoint()
             return 0
         reached: set[bytes] = set()
+        began = trio.current_time()
 
         async def dial(contact: Contact) -> None:
             if await self.reach(contact):
@@ -230,6 +234,7 @@ class Discovery:
                 async with dht.kad.providers(name.multihash, wanted=wanted) as providers:
                     async for contact in providers:
                         nursery.start_soon(dial, contact)  # one that is gone holds up no other
+                self.lookup_seconds.observe(trio.current_time() - began)
             except P2pgzError as error:
                 log.debug("discovery.failed", reason=error.what)
         return len(reached)

@@ -128,11 +128,13 @@ class ChunkFetcher:
 
         The others are present when this returns, and may be evicted as soon as the caller awaits anything.
         """
+        began = trio.current_time()
         for _ in range(SUPPLY_ATTEMPTS):
             await self.ensure(segment, first, count, priority)
             found = {n: self._pool.unkept(segment, n) for n in segment.presence.missing(first, count)}
             unkept = {n: bytes(chunk.data) for n, chunk in found.items() if chunk is not None}
             if len(unkept) == len(found):
+                self.counters.waits[priority].observe(trio.current_time() - began)
                 return unkept
         raise PoolFull(
             f"segment {segment.id}: its chunks are pushed out before they are read",
@@ -175,6 +177,7 @@ class ChunkFetcher:
             )
         if origin.refused is not None:
             raise type(origin.refused)(origin.refused.what, hint=origin.refused.hint)
+        self.counters.flights_shared += sum(n in origin.flights for n in chunks)
         deadline = trio.current_time() + self._read_deadline_seconds
         local = [n for n in chunks if n not in origin.flights and self.is_local(origin, n)]
         flights = []

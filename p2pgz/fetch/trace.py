@@ -7,7 +7,7 @@ it. What is not noted was here before this node started, or has been forgotten.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -16,8 +16,10 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentTable
+from p2pgz.core.model import ChunkKind
 from p2pgz.fetch.flights import Flight
 from p2pgz.pool.segment import Segment
+from p2pgz.telemetry.histogram import Histogram
 
 # 7 bytes a chunk: some 10 MB for the largest hosts, and nothing for most
 SEGMENTS_MAX: Final = 1024
@@ -61,15 +63,19 @@ class Trace:
     """The record of this node's run."""
 
     def __init__(self) -> None:
+        self.seconds = {kind: Histogram() for kind in (Kind.POOL, Kind.PEER, Kind.REGISTRY)}
+        """how long chunks took that somebody asked for"""
         self._sources = [_BEFORE.source]
         self._numbers = {_BEFORE.source: UNKNOWN}
         self._segments: OrderedDict[tuple[str, Digest], tuple[array[int], array[float], bytearray]] = (
             OrderedDict()
         )
+        self._bytes: dict[tuple[str, Digest], Counter[Kind]] = {}
 
     def landed(self, segment: Segment, flight: Flight, source: Source) -> None:
         """A flight has landed."""
         seconds = trio.current_time() - flight.started
+        self.seconds[source.kind].observe(seconds)
         self.note(segment.domain, segment.table, [flight.n], source, seconds, flight.hedges)
 
     def note(
@@ -88,11 +94,17 @@ class Trace:
             count = table.chunk_count
             columns = (array("H", bytes(2 * count)), array("f", bytes(4 * count)), bytearray(count))
             self._segments[key] = columns
+            self._bytes[key] = Counter()
             if len(self._segments) > SEGMENTS_MAX:
-                self._segments.popitem(last=False)
+                del self._bytes[self._segments.popitem(last=False)[0]]
         number = self._number(source)
         sources, times, further = columns
+        came, size, kind = self._bytes[key], table.size, table.kind
         for n in chunks:
+            if kind[n] != ChunkKind.ZEROS:
+                came[source.kind] += size[n]
+                if sources[n] != UNKNOWN:
+                    came[self._sources[sources[n]].kind] -= size[n]
             sources[n] = number
             times[n] = seconds
             further[n] = min(hedges, 255)
@@ -113,3 +125,12 @@ class Trace:
             return _BEFORE
         sources, times, further = columns
         return Came(self._sources[sources[n]], times[n], further[n])
+
+    def bytes_from(self, segments: Iterable[Segment], present_bytes: int) -> dict[str, int]:
+        """How many bytes of these segments each kind of source gave; what nobody is known to have given was here before."""
+        found: Counter[Kind] = Counter()
+        for segment in segments:
+            found.update(self._bytes.get((segment.domain, segment.id), {}))
+        given = {kind: found[kind] for kind in (Kind.POOL, Kind.PEER, Kind.REGISTRY)}
+        before = max(0, present_bytes - sum(given.values()))
+        return {str(kind): count for kind, count in ({Kind.BEFORE: before} | given).items()}

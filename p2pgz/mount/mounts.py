@@ -377,6 +377,7 @@ class Mounts:
             "mode_reason": mounted.mode_reason,
             "bytes": total,
             "present_bytes": present,
+            "sources": self._fetcher.trace.bytes_from(image.segments, present),
             "state": "complete" if present >= total else "lazy",
             "startup": mounted.startup.status() if mounted.startup is not None else None,
             "persist": mounted.options.persist,

@@ -31,6 +31,7 @@ from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
 from p2pgz.telemetry.log import set_level
+from p2pgz.web.http import AUTO, NONE, parse_listen
 
 log = structlog.get_logger(component="node")
 
@@ -203,6 +204,8 @@ def check(config: Config) -> None:
 
 def _prepare(config: Config) -> _Prepared:
     peers = config.peers
+    if config.http.listen not in (AUTO, NONE):
+        parse_listen(config.http.listen)
     # for the next start: who writes it now wants to know now
     for text in peers.listen:
         PeerAddress.parse(text, where="peers.listen", any_port=True)

@@ -106,6 +106,8 @@ class Node:
             has_peers=peering is not None,
         )
         self._started = time.monotonic()
+        self.http_urls: list[str] = []
+        """where its status page is"""
         self.busy = 0
         """requests in progress that keep an ephemeral node alive"""
         self.last_use = trio.current_time()
@@ -125,6 +127,7 @@ class Node:
                 "uptime_seconds": time.monotonic() - self._started,
                 "version": __version__,
                 "pid": os.getpid(),
+                "http": self.http_urls,
                 **process.figures(),
             },
             "peers": self._peering.exchange.status() if self._peering is not None else [],
@@ -147,6 +150,12 @@ class Node:
                 },
             },
         }
+
+    @property
+    def pool_state(self) -> tuple[str, str]:
+        """How the pool is, and what a failing disk said."""
+        status = self._upkeep.evictor.status()
+        return str(status["state"]), str(status["error"])
 
     def _dropped_bytes(self) -> int:
         return self._peering.exchange.dropped_bytes if self._peering is not None else 0

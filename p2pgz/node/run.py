@@ -33,6 +33,7 @@ from p2pgz.node.live import LiveSettings, Read, policy_of
 from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
 from p2pgz.node.plainly import share_plain_layers
+from p2pgz.node.site import Site, open_site
 from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
@@ -114,6 +115,8 @@ async def open_node(
             peering=peering,
             upkeep=upkeep,
         )
+        site = Site(node, fetcher, sources, peering)
+        node.http_urls = await stack.enter_async_context(open_site(config, site, ephemeral=ephemeral))
         await holder.take_from_systemd()
         recovered = trio.Event()
 
@@ -132,6 +135,7 @@ async def open_node(
         )
         await nursery.start(unix.serve, api, handler(create_app(node)))
         await nursery.start(unix.serve, descriptors, node.hand_over)
+        site.is_started = True
         log.info("node.ready", state=str(state_path), pid=os.getpid())
         yield node
         nursery.cancel_scope.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -32,6 +33,8 @@ class RegistryStats:
 
     requests: int = 0
     """HTTP requests sent, those to token and storage servers included"""
+    answers: Counter[int] = field(default_factory=Counter)
+    """their status codes; 0: there was no answer"""
     received_bytes: int = 0
     """body bytes received"""
     sent_bytes: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +68,14 @@ class Sources:
                 )
                 self._open[key] = source
         return source
+
+    def answers(self) -> Counter[int]:
+        """How often registries answered with each status code; 0: not at all."""
+        found: Counter[int] = Counter()
+        for source in self._open.values():
+            if isinstance(source, RegistrySource):
+                found.update(source.stats.answers)
+        return found
 
     def totals(self) -> dict[str, int]:
         """Requests and received bytes of all registries."""

@@ -234,11 +234,14 @@ class Transport:
         )
         self._stats.requests += 1
         try:
-            return Response(await pool.handle_async_request(request), url, self._stats)
+            answer = await pool.handle_async_request(request)
         except _FAILURES as error:
+            self._stats.answers[0] += 1
             raise _failure(error, url) from error
         except httpcore2.UnsupportedProtocol as error:
             raise TransportError(f"{url}: cannot be asked", fatal=True) from error
+        self._stats.answers[answer.status] += 1
+        return Response(answer, url, self._stats)
 
     async def _open(self) -> httpcore2.AsyncConnectionPool:
         async with self._opening:

@@ -10,6 +10,8 @@ import sys
 
 import structlog
 
+from p2pgz.telemetry.recent import RECENT
+
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -29,6 +31,7 @@ def set_up(level: str, *, text: bool | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            RECENT,
             renderer,
         ],
         wrapper_class=_Logger,
