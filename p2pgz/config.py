@@ -130,6 +130,9 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """multiaddrs at which others reach this host; empty: found out"""
     bootstrap: list[str] = []
     """multiaddrs of nodes to begin with; `/dns/NAME/tcp/PORT` stands for all addresses of a name"""
+    zone: str = ""
+    """where this host is (a rack, a data centre, a cloud's zone): bytes cross the border between zones as seldom as can be;
+    empty: all hosts without one are in the same zone"""
     mdns: bool = False
     """look for peers on the local network"""
     cluster_key_file: str = ""

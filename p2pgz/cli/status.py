@@ -54,6 +54,11 @@ def status(settings: Settings, /, as_json: bool) -> None:
         click.echo(
             f"from {source}: {counts['chunks']} chunks, {human_bytes(counts['bytes'])}" + _requests(counts)
         )
+    cluster = document.get("cluster", {"members": 0})
+    if cluster["members"] > 1:
+        zone = f", this one in zone {cluster['zone']}" if cluster["zone"] else ""
+        deaths = f"; found dead so far: {cluster['deaths']}" if cluster["deaths"] else ""
+        click.echo(f"cluster: {cluster['members']} members{zone}{deaths}")
     if document["config"]["refused"]:
         click.echo(f"configuration not taken: {document['config']['refused']}")
     if document["config"]["waiting_for_restart"]:

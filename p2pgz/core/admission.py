@@ -56,6 +56,10 @@ class Admission:
         """Whether anyone may join."""
         return not self._keys and not self._allowed
 
+    def may_be_member(self, peer: bytes) -> bool:
+        """Whether what admitted peers tell of a peer is to be believed. It shows its own proof once it is connected to."""
+        return self.open or bool(self._keys) or peer in self._allowed
+
     def proofs(self, own: PeerId) -> tuple[bytes, ...]:
         """What this node shows of its keys; safe to give to any peer."""
         return tuple(_proof(key, own) for key in self._keys)

@@ -13,10 +13,6 @@ import msgspec
 
 from p2pgz.core.messages import Run
 
-# Bits of HELLO: both ends must have set one before its frames may be sent
-FEATURE_LEASES: Final = 0x8
-FEATURE_MEMBERS: Final = 0x10
-
 EXCLUDED_MAX: Final = 8
 HAVE_MAX: Final = 8
 PENDING_MAX: Final = 512
@@ -242,6 +238,7 @@ class Range(msgspec.Struct, frozen=True):
     buckets: tuple[int, ...]
 
 
+MemberFrame = Heartbeat | Gossip | Ranges | Range
 CrowdFrame = (
     Ask | Grant | Parent | Have | NotHome | Renew | Done | Giveup | Follow | Pending | Gone
     | Heartbeat | Gossip | Ranges | Range

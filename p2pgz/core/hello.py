@@ -18,7 +18,9 @@ from p2pgz.errors import PeerFault
 # A release speaks its own version and the one before
 LOWEST_VERSION: Final = 1
 HIGHEST_VERSION: Final = 1
+# Of every node; those about other nodes are added by who takes part in that
 FEATURES: Final = Feature.ZSTD | Feature.PROOF | Feature.INDEX
+_KNOWN: Final = ~Feature(0)
 _LABEL: Final = b"p2pgz exchange hello\0"
 
 Verify = Callable[[bytes, bytes, bytes], bool]
@@ -58,7 +60,7 @@ def agree(ours: Hello, theirs: Hello) -> Agreement:
             GoodbyeReason.VERSION,
             hint="upgrade the older node; neighbouring versions understand each other",
         )
-    return Agreement(version, Feature(ours.features & theirs.features & FEATURES))
+    return Agreement(version, Feature(ours.features & theirs.features & _KNOWN))
 
 
 def claimed_id(hello: Hello) -> PeerId:

@@ -12,7 +12,7 @@ has been late accuses nobody. Wrong views cost a copy of an extent (`core.homes`
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from random import Random
 from typing import Final, NamedTuple
 
@@ -72,11 +72,11 @@ Action = Send | Link | Unlink
 
 
 class _Link:
-    __slots__ = ("answered_at", "heard_at", "new", "new_at")
+    __slots__ = ("answered_at", "heard_at", "new", "new_at", "sent_at")
 
     def __init__(self, now: float) -> None:
         self.heard_at = self.new_at = now
-        self.answered_at = 0.0
+        self.answered_at = self.sent_at = 0.0
         self.new = float(NEW_BURST)
 
 
@@ -124,9 +124,14 @@ class Membership:
         return self.table.view
 
     @property
-    def links(self) -> frozenset[bytes]:
+    def links(self) -> Collection[bytes]:
         """Whom news go to."""
-        return frozenset(self._links)
+        return self._links.keys()
+
+    @property
+    def partners(self) -> Collection[bytes]:
+        """Those of them, or of those to be linked, that this node has chosen."""
+        return self._partners
 
     def electable(self, now: float) -> dict[bytes, Member]:
         """Who may be home. A node that hears nobody decides for itself: it waits for none of those it knows."""
@@ -204,7 +209,8 @@ class Membership:
                 if differing:
                     self._send(peer, Range(tuple(sorted(differing))))
                     self._answer(peer, differing)
-            case Range(buckets):
+            case Range(buckets) if now - link.sent_at >= ANSWER_SECONDS:
+                link.sent_at = now
                 self._answer(peer, set(buckets))
             case _:  # heartbeats have been heard by now; what comes too often is not answered
                 pass

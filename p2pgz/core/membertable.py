@@ -46,6 +46,7 @@ class MemberTable:
         self.gone: dict[bytes, Gone] = {}
         self.hashes = [0] * BUCKETS
         self.view = 0
+        self.deaths = 0
         self._verify = verify
         self._admits = admits
         self._addresses: Counter[str] = Counter()
@@ -92,6 +93,7 @@ class MemberTable:
     def down(self, peer: bytes, downs: tuple[Down, ...]) -> None:
         """A member was found dead."""
         gone = Gone(self.members[peer], downs)
+        self.deaths += 1
         self.remove(peer)
         self._keep_gone(gone)
 

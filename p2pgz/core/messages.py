@@ -35,7 +35,7 @@ Run = tuple[int, int]
 
 
 class FrameType(IntEnum):
-    """The type byte. 0x20 to 0x2f are kept for leases, 0x30 to 0x3f are about proofs of access."""
+    """The type byte. 0x20 to 0x2f are in `core.crowdmsg`, 0x30 to 0x3f are about proofs of access."""
 
     HELLO = 0x01
     PING = 0x02
@@ -67,6 +67,10 @@ class Feature(IntFlag):
     """swarms and documents that need a proof: the frames from 0x30 on"""
     INDEX = 4
     """INDEX_WANT"""
+    LEASES = 8
+    """the frames of `core.crowdmsg` about leases"""
+    MEMBERS = 16
+    """those about members"""
 
 
 class DataFlag(IntFlag):

@@ -15,7 +15,9 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from p2pgz.core.frames import BODY_MAX_BYTES, FRAME_MAX_BYTES, parse_body
+from p2pgz.core import crowdframes, frames
+from p2pgz.core.crowdmsg import CrowdFrame, CrowdType
+from p2pgz.core.frames import FRAME_MAX_BYTES
 from p2pgz.core.messages import Frame, FrameType
 from p2pgz.errors import PeerFault
 
@@ -24,10 +26,13 @@ OPTIONAL_FROM: Final = 0x80
 # Optional frames of later versions: room for what they may need, not for a chunk
 OPTIONAL_MAX_BYTES: Final = 64 << 10
 
+BODY_MAX_BYTES: Final = {**frames.BODY_MAX_BYTES, **crowdframes.BODY_MAX_BYTES}
 # what a connection may begin with
 HELLO_FIRST: Final = frozenset({FrameType.HELLO, FrameType.GOODBYE})
 
-__all__ = ["FRAME_MAX_BYTES", "HEADER", "HELLO_FIRST", "FrameReader"]
+AnyFrame = Frame | CrowdFrame
+
+__all__ = ["BODY_MAX_BYTES", "FRAME_MAX_BYTES", "HEADER", "HELLO_FIRST", "AnyFrame", "FrameReader"]
 
 
 class FrameReader:
@@ -53,9 +58,9 @@ class FrameReader:
         """Whether the stream ended here would be cut inside a frame."""
         return bool(self._head) or self._body is not None or self._skip_bytes > 0
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
+    def feed(self, data: bytes | bytearray | memoryview) -> list[AnyFrame]:
         """The frames that `data` completes, in order; raises PeerFault at the first one that breaks the protocol."""
-        frames: list[Frame] = []
+        found: list[AnyFrame] = []
         view = memoryview(data)
         at, end = 0, len(view)
         while at < end:
@@ -70,7 +75,7 @@ class FrameReader:
                 self._head += view[at : at + taken]
                 at += taken
                 if len(self._head) == HEADER.size:
-                    self._begin(frames)
+                    self._begin(found)
                 continue
             taken = min(len(body) - self._at, end - at)
             body[self._at : self._at + taken] = view[at : at + taken]
@@ -78,10 +83,10 @@ class FrameReader:
             at += taken
             if self._at == len(body):
                 self._body = None
-                frames.append(parse_body(self._type, memoryview(body)))
-        return frames
+                found.append(_parse(self._type, memoryview(body)))
+        return found
 
-    def _begin(self, frames: list[Frame]) -> None:
+    def _begin(self, found: list[AnyFrame]) -> None:
         size, kind = HEADER.unpack(self._head)
         self._head.clear()
         limit = BODY_MAX_BYTES.get(kind)
@@ -97,10 +102,19 @@ class FrameReader:
             self.skipped_frames += 1
             return
         if size > limit:
-            raise PeerFault(f"a {FrameType(kind).name} frame of {size} bytes, the limit is {limit}")
+            raise PeerFault(f"a {_name(kind)} frame of {size} bytes, the limit is {limit}")
         self._type = kind
         self._at = 0
         if size == 0:
-            frames.append(parse_body(kind, memoryview(b"")))
+            found.append(_parse(kind, memoryview(b"")))
         else:
             self._body = bytearray(size)
+
+
+def _parse(kind: int, body: memoryview) -> AnyFrame:
+    parse = crowdframes.parse_body if kind in crowdframes.BODY_MAX_BYTES else frames.parse_body
+    return parse(kind, body)
+
+
+def _name(kind: int) -> str:
+    return (CrowdType(kind) if kind in crowdframes.BODY_MAX_BYTES else FrameType(kind)).name

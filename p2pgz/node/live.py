@@ -24,7 +24,7 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Shares
 from p2pgz.mount.mounts import Mounts
 from p2pgz.node.node import Node
-from p2pgz.node.peering import Peering, read_admission
+from p2pgz.node.peering import Peering, read_admission, read_zone
 from p2pgz.node.seeding import configured_seeds
 from p2pgz.node.upkeep import Upkeep
 from p2pgz.p2p.budget import connections_within, raise_descriptor_limit
@@ -81,6 +81,7 @@ class _Prepared(msgspec.Struct, frozen=True):
     policy: Policy
     seeds: list[Reference]
     admission: Admission
+    zone: str
     bootstrap: list[PeerAddress]
     announce: list[PeerAddress]
 
@@ -215,6 +216,7 @@ def _prepare(config: Config) -> _Prepared:
         policy=policy_of(config.sharing),
         seeds=configured_seeds(config.seed),
         admission=read_admission(peers),
+        zone=read_zone(peers),
         bootstrap=[PeerAddress.parse(text, where="peers.bootstrap") for text in peers.bootstrap],
         announce=[PeerAddress.parse(text, where="peers.announce") for text in peers.announce],
     )

@@ -34,6 +34,7 @@ from p2pgz.node.peering import NO_PEERS, Peering
 from p2pgz.node.questions import Questions
 from p2pgz.node.seeding import Seeder
 from p2pgz.node.upkeep import Upkeep
+from p2pgz.p2p.membership import NO_CLUSTER
 from p2pgz.pool.catalog import MountRecord
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.lazy import LazySource
@@ -131,6 +132,7 @@ class Node:
                 **process.figures(),
             },
             "peers": self._peering.exchange.status() if self._peering is not None else [],
+            "cluster": self._peering.members.status() if self._peering is not None else NO_CLUSTER,
             "config": self.live.status(),
             "mounts": self.mounts.status(),
             "seeds": self.seeds.status(),

@@ -18,8 +18,11 @@ import trio
 
 from p2pgz.config import PeersConfig
 from p2pgz.core.admission import Admission
+from p2pgz.core.crowdmsg import ZONE_MAX_BYTES
 from p2pgz.core.digest import Digest
+from p2pgz.core.hello import FEATURES
 from p2pgz.core.keyspace import Contact
+from p2pgz.core.messages import Feature
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
@@ -40,6 +43,7 @@ from p2pgz.p2p.handshake import Credentials, Ourselves
 from p2pgz.p2p.identity import Identity, load_identity
 from p2pgz.p2p.leaving import drain, readmit
 from p2pgz.p2p.mdns import Mdns
+from p2pgz.p2p.membership import Members
 from p2pgz.p2p.plane import ChunkPlane, open_plane
 from p2pgz.p2p.remembered import RememberedPeers
 from p2pgz.p2p.uploads import Uploads
@@ -82,6 +86,7 @@ class Peering:
         bootstrapper: Bootstrapper,
         own: OwnAddresses,
         indexes: PlainIndexes,
+        members: Members,
     ) -> None:
         self.identity = identity
         self.exchange: Exchange = plane.exchange
@@ -92,6 +97,7 @@ class Peering:
         self.own = own
         """at which others reach us"""
         self.indexes = indexes
+        self.members = members
         self.dht: Dht | None = None
         self._dht_ready = trio.Event()
 
@@ -131,6 +137,7 @@ class Peering:
     async def drain(self) -> None:
         """Accept nobody any more, offer nothing, and let what is on its way to peers arrive."""
         self._listener.stop()
+        self.members.leave()
         await drain(self.exchange, DRAIN_SECONDS)
 
     async def on_multistream(self, stream: trio.SocketStream) -> None:
@@ -169,6 +176,16 @@ def read_admission(config: PeersConfig) -> Admission:
     return Admission(cluster_keys=keys, allowed=[PeerId.parse(text) for text in config.allow])
 
 
+def read_zone(config: PeersConfig) -> str:
+    """The zone of this host, from the configuration; raises ConfigError."""
+    zone = config.zone
+    if len(zone) > ZONE_MAX_BYTES or not (zone.isascii() and zone.isprintable()):
+        raise ConfigError(
+            f"peers.zone: {zone!r}", hint=f"a name of at most {ZONE_MAX_BYTES} ASCII characters"
+        )
+    return zone
+
+
 def warn_if_open(admission: Admission) -> None:
     """Say that anyone may join, which is good for a first try only."""
     if admission.open:
@@ -181,14 +198,20 @@ def warn_if_open(admission: Admission) -> None:
 
 @asynccontextmanager
 async def open_peering(
-    config: PeersConfig, pool: Pool, state_path: Path, shares: Shares, startups: StartUpLists | None
+    config: PeersConfig,
+    pool: Pool,
+    state_path: Path,
+    shares: Shares,
+    startups: StartUpLists | None,
+    *,
+    is_seed: bool = False,
 ) -> AsyncIterator[Peering]:
     """Take part until the context ends; raises StateError when the port cannot be had, ConfigError for what is unusable."""
     identity = load_identity(state_path)
     admission = read_admission(config)
     bootstrap = [PeerAddress.parse(text, where="peers.bootstrap") for text in config.bootstrap]
     uploads = Uploads(bytes_per_second=config.upload_bytes_per_second, slots=config.upload_slots)
-    credentials = Credentials.make(identity, admission)
+    credentials = Credentials.make(identity, admission, FEATURES | Feature.MEMBERS)
     indexes = PlainIndexes(pool, state_path / INDEXES, identity)
     early: list[Peering] = []
 
@@ -237,12 +260,22 @@ async def open_peering(
             on_addresses=own.bootstrap,
             remembered=await trio.to_thread.run_sync(RememberedPeers.load, state_path, time.time()),
         )
-        peering = Peering(identity, plane, discovery, bootstrapper, own, indexes)
+        members = Members(
+            plane.exchange,
+            identity,
+            own.current,
+            zone=read_zone(config),
+            seed=is_seed or not bootstrap,
+            wall_seconds=time.time(),
+        )
+        own.watchers.append(members.readdress)
+        peering = Peering(identity, plane, discovery, bootstrapper, own, indexes, members)
         early.append(peering)
         warn_if_open(admission)
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(discovery.run)
+            nursery.start_soon(members.run)
             await nursery.start(peering.bootstrapper.run)
             nursery.start_soon(own.run)
             if config.mdns:

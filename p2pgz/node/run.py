@@ -63,7 +63,7 @@ async def open_node(
         peering = None
         if takes_part(config.peers, ephemeral=ephemeral):
             peering = await stack.enter_async_context(
-                open_peering(config.peers, pool, state_path, shares, lists)
+                open_peering(config.peers, pool, state_path, shares, lists, is_seed=bool(config.seed.images))
             )
         peers = peering.peers if peering is not None else None
         if lists is not None:

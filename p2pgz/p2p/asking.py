@@ -14,17 +14,24 @@ from typing import Final
 
 import trio
 
+from p2pgz.core import crowdframes
+from p2pgz.core.crowdmsg import CrowdFrame
+from p2pgz.core.frames import encode
 from p2pgz.core.indexclaim import CLAIM_MAX_BYTES
 from p2pgz.core.messages import (
     DOCUMENT_MAX_BYTES,
     REQUEST_CHUNKS_MAX,
     RUNS_MAX,
+    Busy,
+    Data,
+    Doc,
     DocWant,
     Forget,
     Frame,
     IndexWant,
     Join,
     Leave,
+    Missing,
     ProofDocWant,
     ProofJoin,
     Want,
@@ -68,6 +75,7 @@ class Asking(ABC):
         """whether that was agreed on"""
         self.bitmaps = Bitmaps(proofs)
         self.downloads = Downloads(zstd=zstd)
+        self._answers = 0
 
     @property
     @abstractmethod
@@ -75,8 +83,16 @@ class Asking(ABC):
         """Whether nothing can be asked any more."""
 
     @abstractmethod
-    def _say(self, frame: Frame) -> None:
+    def _say_bytes(self, data: bytes) -> None:
         """Queue a short frame; raises PeerFault when the peer does not read."""
+
+    def _say(self, frame: Frame) -> None:
+        self._say_bytes(encode(frame))
+
+    def say_crowd(self, frame: CrowdFrame) -> None:
+        """Queue a frame about leases or members, which must have been agreed on. Nothing is raised: it may be ending."""
+        with contextlib.suppress(PeerFault):
+            self._say_bytes(crowdframes.encode(frame))
 
     @abstractmethod
     def blame(self, error: P2pgzError, fault: Fault) -> None:
@@ -202,6 +218,25 @@ class Asking(ABC):
         """No more of them."""
         if not self.ended and self.bitmaps.unfollow(swarm):
             self._say(Leave(swarm))
+
+    def _on_data(self, frame: Data) -> None:
+        if self.downloads.on_data(frame):
+            self._answers += 1
+
+    def _on_missing(self, frame: Missing) -> None:
+        request = self.downloads.requests.get(frame.request)
+        swarm = request.swarm if request is not None else b""
+        self._answers += 1
+        for n in self.downloads.on_missing(frame):
+            self.bitmaps.was_missing(swarm, n)
+
+    def _on_busy(self, frame: Busy) -> None:
+        self._answers += 1
+        self.downloads.on_busy(frame)
+
+    def _on_doc(self, frame: Doc) -> None:
+        self._answers += 1
+        self.downloads.on_document(frame)
 
     def _say_quietly(self, frame: Frame) -> None:
         with contextlib.suppress(PeerFault):  # the connection is about to end for the same reason

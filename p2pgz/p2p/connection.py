@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 import trio
 
+from p2pgz.core.crowdmsg import CrowdFrame, Gossip, MemberFrame
 from p2pgz.core.frames import FRAME_MAX_BYTES, encode
 from p2pgz.core.messages import (
     PART_MAX_BYTES,
@@ -27,7 +28,6 @@ from p2pgz.core.messages import (
     DocWant,
     Feature,
     Forget,
-    Frame,
     Goodbye,
     GoodbyeReason,
     Hello,
@@ -85,8 +85,10 @@ class Connection(Asking):
         zstd = bool(ends.agreement.features & Feature.ZSTD)
         proofs = ends.proofs if ends.agreement.features & Feature.PROOF else None
         super().__init__(ends.peer, zstd=zstd, proofs=proofs)
-        self.version = ends.agreement.version
-        self.tells_indexes = bool(ends.agreement.features & Feature.INDEX)
+        self.version, self.features = ends.agreement
+        self.tells_indexes = bool(self.features & Feature.INDEX)
+        self.crowd: Callable[[CrowdFrame], None] = lambda frame: None
+        """what is done with frames about members and leases"""
         self.fault: Fault | None = None
         """what the peer did, if it was to blame"""
         self.since = trio.current_time()
@@ -107,7 +109,7 @@ class Connection(Asking):
         self._heard_at = self._used_at = trio.current_time()
         self._pinged = False
         self._received_bytes = self._seen_bytes = 0
-        self._answers = self._seen_answers = 0
+        self._seen_answers = 0
         self._moved_at = self._heard_at
         self._leaving = False
         self._unasked = Unasked()
@@ -194,6 +196,15 @@ class Connection(Asking):
         """When either end last asked for something."""
         return self._used_at
 
+    @property
+    def heard_at(self) -> float:
+        """When bytes last came."""
+        return self._heard_at
+
+    def keep(self) -> None:
+        """It is of use, even though nobody asks for anything."""
+        self._used_at = self._heard_at
+
     def retire(self, nursery: trio.Nursery) -> None:
         """It makes room for another one: nothing is asked any more, and the peer is told."""
         self._leaving = True
@@ -203,6 +214,11 @@ class Connection(Asking):
     def is_sending(self) -> bool:
         """Whether the peer still gets something that it was promised."""
         return bool(self.serving.queue or self._documents_out)
+
+    @property
+    def has_to_say(self) -> bool:
+        """Whether short frames have not been sent yet."""
+        return bool(self._unsent)
 
     async def close(self, reason: GoodbyeReason = GoodbyeReason.LEAVING) -> None:
         """Tell the peer and end it, within a second."""
@@ -220,8 +236,8 @@ class Connection(Asking):
         frames = self._first_frames
         while True:
             for number, frame in enumerate(frames, 1):
-                self._handlers[type(frame)](frame)
-                if not number % FRAMES_AT_ONCE:
+                self._handlers.get(type(frame), self._on_crowd)(frame)
+                if not number % FRAMES_AT_ONCE or type(frame) is Gossip:
                     await trio.lowlevel.checkpoint()
             if reader.skipped_frames > SKIPPED_MAX:
                 raise PeerFault("thousands of frames that this version does not know")
@@ -236,25 +252,6 @@ class Connection(Asking):
             self._pinged = False
             self._received_bytes += len(data)
             frames = reader.feed(data)
-
-    def _on_data(self, frame: Data) -> None:
-        if self.downloads.on_data(frame):
-            self._answers += 1
-
-    def _on_missing(self, frame: Missing) -> None:
-        request = self.downloads.requests.get(frame.request)
-        swarm = request.swarm if request is not None else b""
-        self._answers += 1
-        for n in self.downloads.on_missing(frame):
-            self.bitmaps.was_missing(swarm, n)
-
-    def _on_busy(self, frame: Busy) -> None:
-        self._answers += 1
-        self.downloads.on_busy(frame)
-
-    def _on_doc(self, frame: Doc) -> None:
-        self._answers += 1
-        self.downloads.on_document(frame)
 
     def _on_want(self, frame: Want) -> None:
         self._used_at = self._heard_at
@@ -298,10 +295,14 @@ class Connection(Asking):
     def _on_hello(self, frame: Hello) -> None:
         raise PeerFault("a second HELLO")
 
+    def _on_crowd(self, frame: CrowdFrame) -> None:
+        if not self.features & (Feature.MEMBERS if isinstance(frame, MemberFrame) else Feature.LEASES):
+            raise PeerFault(f"a {type(frame).__name__} frame, which was not agreed on")
+        self.crowd(frame)
+
     # --- frames out
 
-    def _say(self, frame: Frame) -> None:
-        data = encode(frame)
+    def _say_bytes(self, data: bytes) -> None:
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         if self._unsent_bytes > UNSENT_MAX_BYTES:

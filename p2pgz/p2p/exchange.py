@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 import trio
@@ -51,6 +51,20 @@ INDEX_ASKS_MAX: Final = 16
 FAULTY_SHOWN: Final = 64
 
 
+class NotTaken(SourceUnavailable):
+    """A peer answered, and it was us who did not want the connection."""
+
+
+class Watcher(Protocol):
+    """Told of each connection."""
+
+    def opened(self, connection: Connection) -> None:
+        """A new one; it may have ended before it is run."""
+
+    def ended(self, connection: Connection) -> None:
+        """It is not among `connections` any more."""
+
+
 class Exchange:
     """All connections of this node. Made by `Exchange.open`."""
 
@@ -68,6 +82,7 @@ class Exchange:
         self.admission = credentials.admission
         self.standing = Standing()
         self.budget = Budget()
+        self.watchers: list[Watcher] = []
         self.dialler = Dialler(credentials, self.standing, nursery, self.connection, self._adopt)
         self.chunks = self.bytes = self._dropped_bytes = 0
 
@@ -145,7 +160,7 @@ class Exchange:
         """Take over a connection that was dialled; the caller closes it when it is refused."""
         refusal = self._refusal(ends.peer, dialled=True)
         if refusal is not None:
-            raise SourceUnavailable(f"peer {ends.peer} is not connected to: {refusal.name.lower()}")
+            raise NotTaken(f"peer {ends.peer} is not connected to: {refusal.name.lower()}")
         self.standing.reached(ends.peer)
         connection = self._add(ends)
         self._nursery.start_soon(self._run, connection)
@@ -169,6 +184,8 @@ class Exchange:
         self._connections.setdefault(ends.peer, []).append(connection)
         for swarm in self._followed:
             connection.follow(swarm, self._secrets.get(swarm, b""))
+        for watcher in self.watchers:
+            watcher.opened(connection)
         return connection
 
     async def _run(self, connection: Connection) -> None:
@@ -180,6 +197,8 @@ class Exchange:
             group.remove(connection)
             if not group:
                 del self._connections[connection.peer]
+            for watcher in self.watchers:
+                watcher.ended(connection)
 
     def _note_fault(self, peer: PeerId, fault: Fault) -> None:
         self.standing.fault(peer, fault, trio.current_time())

@@ -29,10 +29,10 @@ from p2pgz.core.hello import (
     check_dialling,
     statement,
 )
-from p2pgz.core.messages import NONCE_BYTES, Feature, Frame, Goodbye, GoodbyeReason, Hello
+from p2pgz.core.messages import NONCE_BYTES, Feature, Goodbye, GoodbyeReason, Hello
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.sharing import Proofs
-from p2pgz.core.wire import FrameReader
+from p2pgz.core.wire import AnyFrame, FrameReader
 from p2pgz.errors import PeerFault, SourceUnavailable
 from p2pgz.p2p.certificate import certified_peer, verify_signature
 from p2pgz.p2p.identity import ALPN, Identity
@@ -105,7 +105,7 @@ class Handshaken:
     agreement: Agreement
     proofs: Proofs
     reader: FrameReader
-    frames: list[Frame]
+    frames: list[AnyFrame]
 
 
 async def accept(raw: trio.abc.Stream, credentials: Credentials) -> Handshaken:
@@ -196,7 +196,7 @@ async def _tls(stream: TlsStream) -> None:
         raise PeerFault(f"the other end does not speak {ALPN}", hint="is this the port of a p2pgz node?")
 
 
-async def _receive_hello(stream: TlsStream, reader: FrameReader) -> tuple[Hello, list[Frame]]:
+async def _receive_hello(stream: TlsStream, reader: FrameReader) -> tuple[Hello, list[AnyFrame]]:
     while True:
         try:
             data = await stream.receive()

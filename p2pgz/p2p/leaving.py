@@ -20,7 +20,7 @@ async def drain(exchange: Exchange, seconds: float) -> None:
         with contextlib.suppress(PeerFault):
             connection.serving.withdraw()
     with trio.move_on_after(seconds):
-        while any(c.is_sending for c in exchange.connections()):  # noqa: ASYNC110  # many queues, no event for all
+        while any(c.is_sending or c.has_to_say for c in exchange.connections()):  # noqa: ASYNC110  # many queues, no event for all
             await trio.sleep(LOOK_SECONDS)
 
 

@@ -23,7 +23,8 @@ import trio
 
 from p2pgz.core.admission import Admission
 from p2pgz.core.frames import encode
-from p2pgz.core.messages import Bitmap, Frame, Join, Ping, Pong, Want, chunks_of
+from p2pgz.core.messages import Bitmap, Join, Ping, Pong, Want, chunks_of
+from p2pgz.core.wire import AnyFrame
 from p2pgz.errors import P2pgzError
 from p2pgz.p2p.handshake import Credentials, Handshaken, dial
 from p2pgz.p2p.identity import Identity
@@ -88,7 +89,7 @@ class _Peer:
                 frames = self._ends.reader.feed(data)
             nursery.cancel_scope.cancel()
 
-    async def _take(self, frame: Frame, nursery: trio.Nursery) -> None:
+    async def _take(self, frame: AnyFrame, nursery: trio.Nursery) -> None:
         match frame:
             case Join(swarm) if swarm == self._stock.swarm:
                 count = len(self._stock.chunks)

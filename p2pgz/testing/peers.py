@@ -25,7 +25,6 @@ from p2pgz.core.messages import (
     Bitmap,
     Data,
     DataFlag,
-    Frame,
     FrameType,
     Join,
     Missing,
@@ -35,7 +34,7 @@ from p2pgz.core.messages import (
 )
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.verify import VerifiedChunk
-from p2pgz.core.wire import HEADER
+from p2pgz.core.wire import HEADER, AnyFrame
 from p2pgz.fetch.offers import PoolOffers
 from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.handshake import Credentials, Handshaken, accept
@@ -243,7 +242,7 @@ async def _serve_badly(ends: Handshaken, layer: Layer, answer: Answer) -> None:
     async def send(data: bytes) -> None:
         await stream.send_all(data)
 
-    async def take(frames: list[Frame]) -> None:
+    async def take(frames: list[AnyFrame]) -> None:
         for frame in frames:
             match frame:
                 case Join(swarm):

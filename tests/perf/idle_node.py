@@ -32,6 +32,7 @@ from p2pgz.p2p.handshake import Credentials
 from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.plane import open_plane
 from p2pgz.p2p.uploads import Uploads
+from p2pgz.testing.told_offers import ToldOffers
 from tests.e2e.cli.fake_registry_thread import RegistryThread
 from tests.e2e.cli.images import push_converted
 from tests.e2e.cli.running import P2pgz
@@ -40,59 +41,6 @@ from tests.e2e.restart.lazy_node import state_folder
 
 SETTLE_SECONDS = 5.0
 TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class Told:
-    """Chunks of a segment that this peer says it has."""
-
-    ratio = 1.0
-
-    def __init__(self, count: int) -> None:
-        self.chunk_count = count
-        self._bits = ((1 << count) - 1).to_bytes((count + 7) // 8, "little")
-
-    def size(self, n: int) -> int:
-        return 1
-
-    def has(self, n: int) -> bool:
-        return True
-
-    def bits(self) -> bytes:
-        return self._bits
-
-    def read_cached(self, n: int, offset: int, into: memoryview) -> bool:
-        return False
-
-    async def read(self, n: int, offset: int, into: memoryview) -> bool:
-        return False
-
-
-class Offers:
-    """All swarms, complete."""
-
-    def __init__(self, swarms: dict[bytes, int]) -> None:
-        self._told = {swarm: Told(count) for swarm, count in swarms.items()}
-
-    def swarm(self, swarm: bytes) -> Told | None:
-        return self._told.get(swarm)
-
-    def version(self) -> int:
-        return 0
-
-    async def document(self, digest: bytes) -> bytes | None:
-        return None
-
-    def index(self, diff_id: bytes) -> bytes | None:
-        return None
-
-    def secret(self, name: bytes) -> bytes | None:
-        return None
-
-    def proven_swarm(self, name: bytes) -> Told | None:
-        return None
-
-    async def proven_document(self, name: bytes) -> bytes | None:
-        return None
 
 
 def memory(pid: int, state: Path) -> dict[str, float]:
@@ -160,7 +108,7 @@ async def peers(count: int, address: PeerAddress, swarms: dict[bytes, int]) -> A
         for _ in range(count):
             credentials = Credentials.make(Identity.new(), Admission())
             plane = await stack.enter_async_context(
-                open_plane(credentials, Offers(swarms), Uploads(), host="127.0.0.1")
+                open_plane(credentials, ToldOffers(swarms), Uploads(), host="127.0.0.1")
             )
             for swarm in swarms:
                 plane.exchange.follow(swarm)

@@ -49,7 +49,7 @@ from p2pgz.core.crowdmsg import (
 )
 from p2pgz.core.messages import FrameType, runs_of
 from p2pgz.core.peerid import PeerId
-from p2pgz.core.wire import HEADER
+from p2pgz.core.wire import FRAME_MAX_BYTES, HEADER, FrameReader
 from p2pgz.errors import PeerFault
 
 U8, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
@@ -109,6 +109,22 @@ def parsed(data: bytes) -> CrowdFrame:
 @given(frames)
 def test_what_is_written_is_read(frame: CrowdFrame) -> None:
     assert parsed(encode(frame)) == frame
+
+
+@given(frames)
+def test_a_connection_reads_them_in_pieces_of_any_size(frame: CrowdFrame) -> None:
+    reader = FrameReader(first=frozenset())
+    data = encode(frame)
+    assert [found for byte in data for found in reader.feed(bytes([byte]))] == [frame]
+    assert reader.feed(data) == [frame]
+
+
+@given(st.sampled_from(CrowdType))
+def test_a_connection_collects_none_beyond_its_limit(kind: CrowdType) -> None:
+    limit = BODY_MAX_BYTES[kind]
+    assert limit + HEADER.size <= FRAME_MAX_BYTES
+    with pytest.raises(PeerFault, match=f"{kind.name} frame of {limit + 1} bytes"):
+        FrameReader(first=frozenset()).feed(HEADER.pack(limit + 1, kind))
 
 
 @given(frames)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2pgz.core.crowdmsg import CrowdType
 from p2pgz.core.frames import BODY_MAX_BYTES, FRAME_MAX_BYTES, encode, parse_body
 from p2pgz.core.messages import (
     Alternative,
@@ -185,7 +186,7 @@ def test_optional_frames_are_skipped_without_being_collected(kind: int, size: in
         opened().feed(HEADER.pack(OPTIONAL_MAX_BYTES + 1, kind))
 
 
-@given(st.integers(0, 0x7F).filter(lambda kind: kind not in set(FrameType)))
+@given(st.integers(0, 0x7F).filter(lambda kind: kind not in {*FrameType, *CrowdType}))
 def test_unknown_frames_that_are_not_optional_are_a_fault(kind: int) -> None:
     with pytest.raises(PeerFault, match="unknown type"):
         opened().feed(HEADER.pack(0, kind))

@@ -177,3 +177,10 @@ def test_who_is_admitted_may_change_while_everybody_holds_the_same_object() -> N
     assert held.admits(C, Admission(cluster_keys=[KEY]).proofs(C))
     assert not held.admits(C, Admission(cluster_keys=[OLD_KEY]).proofs(C))
     assert held != KEY
+
+
+def test_what_admitted_peers_say_of_others_counts_unless_there_is_a_list_only() -> None:
+    assert Admission().may_be_member(C.raw)
+    assert Admission(cluster_keys=[KEY]).may_be_member(C.raw)
+    listed = Admission(allowed=[B])
+    assert (listed.may_be_member(B.raw), listed.may_be_member(C.raw)) == (True, False)

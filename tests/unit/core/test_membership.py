@@ -168,7 +168,7 @@ def joined(count: int) -> Cluster:
 def test_all_know_all_soon_after_they_joined_by_one() -> None:
     cluster = joined(40)
     for node in cluster.nodes.values():
-        assert len(node.links) >= PARTNERS_RANDOM + PARTNERS_NEAR
+        assert len(node.links) >= len(node.partners) == PARTNERS_RANDOM + PARTNERS_NEAR
         assert all(member.since_seconds == int(BEGIN) for member in node.members.values())
 
 
@@ -403,6 +403,8 @@ class TestOne:
         assert isinstance(frame, Gossip)
         assert frame.answer
         assert all(member.peer[-1] == one for member in frame.members)
+        assert node.receive(other, Range((one,)), BEGIN + 4) == []
+        assert len(sent(node.receive(other, Range((one,)), BEGIN + 5), Gossip)) == 1
 
     def test_who_hears_nobody_decides_alone(self) -> None:
         node = machine(0)

@@ -1,0 +1,238 @@
+"""The members of the cluster: `core.membership` on the connections of the exchange.
+
+Made by `node.peering`. One task ticks and one dials each partner; frames come from the connections' own tasks, which end
+the connection of a peer that breaks the rules. What goes wrong in here costs the member list, never the node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+from typing import Any, Final
+
+import structlog
+import trio
+
+from p2pgz.core.crowdmsg import CrowdFrame, Member, MemberFlag, MemberFrame
+from p2pgz.core.leaseactions import Send
+from p2pgz.core.membership import TICK_SECONDS, Action, Link, Membership
+from p2pgz.core.messages import Feature
+from p2pgz.core.multiaddress import PeerAddress
+from p2pgz.core.peerid import PeerId
+from p2pgz.errors import ConfigError, P2pgzError
+from p2pgz.p2p.certificate import verify_signature
+from p2pgz.p2p.connection import Connection
+from p2pgz.p2p.exchange import Exchange, NotTaken
+from p2pgz.p2p.identity import Identity
+
+log = structlog.get_logger(component="members")
+
+# A partner whose connections end again and again (it has no room, say) is not dialled more often
+REDIAL_SECONDS: Final = 5.0
+# Partners are six; the rest is for those that a burst of deaths makes necessary
+DIALS_AT_ONCE: Final = 16
+NO_CLUSTER: Final[dict[str, Any]] = {
+    "zone": "",
+    "members": 0,
+    "zones": {},
+    "links": 0,
+    "deaths": 0,
+    "refuted": 0,
+    "refused": 0,
+    "view": "",
+}
+"""the status of a node that is in none"""
+
+
+class Members:
+    """The member list of a node. `wall_seconds`: seconds since 1970, now; time goes on from there by trio's clock."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        identity: Identity,
+        addresses: Sequence[PeerAddress],
+        *,
+        zone: str,
+        seed: bool,
+        wall_seconds: float,
+        rng: Random | None = None,
+        verify: Callable[[bytes, bytes, bytes], bool] = verify_signature,
+    ) -> None:
+        self._exchange = exchange
+        self._begun_at = wall_seconds - trio.current_time()
+        self._linking: set[bytes] = set()
+        self._dialled: dict[bytes, float] = {}
+        self._nursery: trio.Nursery | None = None
+        own = Member(
+            identity.peer_id.raw,
+            0,
+            int(wall_seconds),
+            MemberFlag.SEED if seed else MemberFlag.NONE,
+            zone,
+            _address(addresses),
+            b"",
+        )
+        self.machine = Membership(
+            own,
+            sign=identity.sign,
+            verify=verify,
+            admits=exchange.admission.may_be_member,
+            rng=rng or Random(),  # noqa: S311  # which partners: nothing to guess
+            now=self.now(),
+        )
+        exchange.watchers.append(self)
+        for connection in exchange.connections():
+            self.opened(connection)
+
+    def now(self) -> float:
+        """Seconds since 1970, never going back."""
+        return self._begun_at + trio.current_time()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                while True:
+                    await trio.sleep(TICK_SECONDS)
+                    with _guarded():
+                        self._tick()
+            finally:
+                self._nursery = None  # connections may end after us
+
+    def leave(self) -> None:
+        """This node is about to end: all members will know at once."""
+        self._do(self.machine.leave(self.now()))
+
+    def readdress(self, addresses: Sequence[PeerAddress]) -> None:
+        """This node is reached at other addresses now."""
+        address = _address(addresses)
+        if address != self.machine.own.address:
+            self._do(self.machine.readdress(address, self.now()))
+
+    def status(self) -> dict[str, Any]:
+        """What `p2pgz status` says of the cluster."""
+        machine = self.machine
+        zones = Counter(member.zone for member in machine.members.values())
+        return {
+            "zone": machine.own.zone,
+            "members": len(machine.members),
+            "zones": dict(sorted(zones.items())),
+            "links": len(machine.links),
+            "deaths": machine.table.deaths,
+            "refuted": machine.refuted,
+            "refused": machine.refused,
+            "view": f"{machine.view:016x}",
+        }
+
+    # --- connections
+
+    def opened(self, connection: Connection) -> None:
+        """See `exchange.Watcher`."""
+        if connection.features & Feature.MEMBERS:
+            connection.crowd = partial(self._receive, connection)
+            with _guarded():
+                self._linked(connection.peer.raw)
+
+    def ended(self, connection: Connection) -> None:
+        """See `exchange.Watcher`."""
+        peer = connection.peer.raw
+        with _guarded():
+            if self._connection(peer) is None and peer in self.machine.links:
+                self._do(self.machine.unlinked(peer, self.now()))
+
+    def _linked(self, peer: bytes) -> None:
+        if peer not in self.machine.links:
+            self._do(self.machine.linked(peer, self.now()))
+
+    def _connection(self, peer: bytes) -> Connection | None:
+        connection = self._exchange.connection(PeerId(peer))
+        return connection if connection is not None and connection.features & Feature.MEMBERS else None
+
+    def _receive(self, connection: Connection, frame: CrowdFrame) -> None:
+        if not isinstance(frame, MemberFrame):
+            return
+        peer = connection.peer.raw
+        self._do(self.machine.receive(peer, frame, self.now()))
+        # those that others have chosen are kept, too, but not where connections are scarce
+        machine, crowded = self.machine, 2 * len(self._exchange.connections()) > self._exchange.budget.limit
+        if peer in machine.partners or (peer in machine.links and not crowded):
+            connection.keep()
+
+    def _tick(self) -> None:
+        machine = self.machine
+        for peer in list(machine.links):
+            connection = self._connection(peer)
+            if connection is not None:
+                machine.heard(peer, self._begun_at + connection.heard_at)
+        self._do(machine.tick(self.now()))
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(peer, frame):
+                    connection = self._connection(peer)
+                    if connection is not None:
+                        connection.say_crowd(frame)
+                case Link(member) if member.peer not in self._linking and len(self._linking) < DIALS_AT_ONCE:
+                    if self._nursery is not None:
+                        self._linking.add(member.peer)
+                        self._nursery.start_soon(self._link, member)
+                case _:  # what is not needed any more ends when it has been idle for long enough
+                    pass
+
+    # --- dials
+
+    async def _link(self, member: Member) -> None:
+        with _guarded():
+            try:
+                reached = await self._reach(member)
+            finally:
+                self._linking.discard(member.peer)
+            if reached:
+                self._linked(member.peer)
+            elif reached is not None:
+                log.info("member.unreachable", peer=str(PeerId(member.peer)), address=member.address)
+                self._do(self.machine.unreachable(member.peer, self.now()))
+
+    async def _reach(self, member: Member) -> bool | None:
+        """Whether there is a connection now. None: there is none, and it is not the member's fault."""
+        now = trio.current_time()
+        await trio.sleep(max(0.0, self._dialled.get(member.peer, now) - now))
+        self._dialled = {peer: at for peer, at in self._dialled.items() if at > now}
+        if self._connection(member.peer) is not None:
+            return True
+        peer = PeerId(member.peer)
+        try:
+            address = PeerAddress.parse(member.address)
+        except ConfigError:
+            return None
+        if address.is_name or self._exchange.standing.banned(peer, trio.current_time()):
+            return None
+        self._dialled[member.peer] = trio.current_time() + REDIAL_SECONDS
+        try:
+            await self._exchange.connect(address.host, address.port, expected=peer, insist=True)
+        except NotTaken:
+            return None
+        except (P2pgzError, OSError):
+            return False
+        return self._connection(member.peer) is not None or None
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """A bug in here must not end the node."""
+    try:
+        yield
+    except Exception:
+        log.exception("members.bug")
+
+
+def _address(addresses: Sequence[PeerAddress]) -> str:
+    """The first one without a name, which others would have to look up. Who has none is a member all the same."""
+    return next((str(address.without_peer()) for address in addresses if not address.is_name), "")
