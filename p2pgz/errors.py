@@ -66,6 +66,10 @@ class ImageInvalid(IntegrityError):
     """A manifest, config, TOC, footer or layer breaks its format or one of our limits: tell the user."""
 
 
+class ExportInvalid(IntegrityError):
+    """A file of `p2pgz export` or `p2pgz inventory` is damaged, or cut short: copy it or make it again."""
+
+
 class ChunkCorrupt(IntegrityError):
     """The bytes are not the chunk: blame the source that gave them and ask the next one."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import keyword
 import os
 import sys
 from typing import Any, NoReturn
@@ -27,6 +28,9 @@ COMMANDS = {
     "find": ("find", "Show who provides what a digest names."),
     "why": ("why", "Show where a mounted file's bytes came from."),
     "seed": ("seed", "Keep images whole on this node and give them to its peers."),
+    "export": ("exports", "Write an image into a file, for hosts without a registry."),
+    "import": ("exports", "Take an image out of such a file."),
+    "inventory": ("exports", "Write down what this host has, for exports to leave out."),
     "convert": ("convert", "Make an image lazily mountable."),
     "optimize": ("optimize", "Write how an image starts into it."),
     "status": ("status", "Show the node, its mounts and where bytes came from."),
@@ -49,7 +53,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"p2pgz.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, cmd_name + "_" * keyword.iskeyword(cmd_name))
         _accept_globals(command)
         return command
 

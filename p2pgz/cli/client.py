@@ -6,6 +6,7 @@ Standard library only: a command that asks a running node should start in tens o
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import select
@@ -114,9 +115,11 @@ class NodeClient:
         if start is not None:
             start()
 
-    def read(self, path: str, request: dict[str, Any]) -> Iterator[bytes]:
+    def read(
+        self, path: str, request: dict[str, Any], body: Iterator[bytes] | None = None
+    ) -> Iterator[bytes]:
         """The bytes that a request answers with, in pieces; raises the node's error where it stopped."""
-        with self._request("POST", path, request) as answer, _ended_node():
+        with self._request("POST", path, request, body) as answer, _ended_node():
             while len(head := answer.read(4)) == 4:
                 (length,) = struct.unpack(">I", head)
                 if not length:
@@ -130,6 +133,13 @@ class NodeClient:
             "the node ended in the middle of the request", hint="see its log; run the command again"
         )
 
+    def send(self, path: str, request: dict[str, Any], body: Iterator[bytes]) -> dict[str, Any]:
+        """Run one request that a file goes with; returns the result or raises the node's error."""
+        with self._request("POST", path, request, body) as answer, _ended_node():
+            for line in answer:
+                return _result(json.loads(line))
+            raise http.client.IncompleteRead(b"")
+
     def descriptor(self, token: str) -> int:
         """Fetch the mount descriptor that a mount request left for us."""
         with connect(self.run_path / DESCRIPTOR_SOCKET) as sock:
@@ -140,12 +150,26 @@ class NodeClient:
             raise NodeUnavailable("the node gave no mount", hint="run the command again")
         return descriptors[0]
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> IO[bytes]:
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, file: Iterator[bytes] | None = None
+    ) -> IO[bytes]:
         connection = _Connection(self.run_path / API_SOCKET)
         try:
             if self._start is not None and not self.is_up():
                 self._start_again()
-            connection.request(method, path, None if body is None else json.dumps(body))
+            if file is None:
+                connection.request(method, path, None if body is None else json.dumps(body))
+            else:
+                connection.connect()
+                connection.sock.settimeout(None)  # the node takes a file as fast as its disk does
+                line = json.dumps(body).encode() + b"\n"
+                connection.request(
+                    method,
+                    path,
+                    itertools.chain([line], file),
+                    encode_chunked=True,
+                    headers={"Transfer-Encoding": "chunked"},
+                )
             sock = connection.sock
             response = connection.getresponse()
             if body is not None:  # the work may take as long as it likes

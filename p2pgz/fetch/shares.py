@@ -167,6 +167,13 @@ class Shares:
             self._enter(image, place)
         await self._remember(name, image)
 
+    def indexes(self, place: Place) -> list[Digest]:
+        """The indexes that led to an image, as far as it was opened by them here."""
+        for image in self._images.values():
+            if (image.repository, image.manifest) == (place.repository, str(place.manifest)):
+                return [Digest.parse(text) for text in image.indexes]
+        return []
+
     async def _remember(self, name: str, image: ImageFile) -> None:
         directory = self._directory
         if directory is None or image == self._written.get(name):

@@ -159,18 +159,18 @@ class LayerOpener:
                 return known
             found = await self._from_peers(descriptor, access)
             if found is not None:
-                return await self._keep_lazy(descriptor, found, access)
+                return await self.keep_lazy(descriptor, found, access)
             if shared_document(descriptor.annotations) is None:
                 plain = await self.plain.from_peers(descriptor, await diff_id(), access, progress)
                 if plain is not None:
-                    return await self._keep_plain(descriptor, plain, access)
+                    return await self.keep_plain(descriptor, plain, access)
             asked_at = trio.current_time()
             tail = _Tail(source, descriptor)
             opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
             if opened is None:
                 plain = await self.plain.from_source(source, descriptor, await diff_id(), access, progress)
-                return await self._keep_plain(descriptor, plain, access)
-            layer = await self._keep_lazy(descriptor, opened, access)
+                return await self.keep_plain(descriptor, plain, access)
+            layer = await self.keep_lazy(descriptor, opened, access)
             brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
             self._counters.brought_along(layer.segment, brought, source.name, trio.current_time() - asked_at)
         except PoolFull:
@@ -179,6 +179,26 @@ class LayerOpener:
             error.what = f"layer {descriptor.digest} of {reference}: {error.what}"
             raise
         return layer
+
+    async def described(self, descriptor: Descriptor, access: Access) -> tuple[Digest, bytes] | None:
+        """What says what is in a layer that was opened here before: its `shared_document`, or a plain one's index."""
+        wanted = shared_document(descriptor.annotations)
+        if wanted is None:
+            try:
+                facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
+            except (OSError, msgspec.MsgspecError):
+                await trio.lowlevel.checkpoint()
+                return None
+            wanted = Digest.parse(facts.document)
+        data = await self._pool.get_object(wanted, domain=access.domain)
+        return None if data is None else (wanted, data)
+
+    async def adopt(self, descriptor: Descriptor, document: bytes, access: Access) -> OpenLayer:
+        """Open a layer by its `shared_document`, which somebody has brought; raises ImageInvalid."""
+        opened = await trio.to_thread.run_sync(
+            open_document, document, descriptor.size, descriptor.media_type, descriptor.annotations
+        )
+        return await self.keep_lazy(descriptor, opened, access)
 
     async def _from_peers(self, descriptor: Descriptor, access: Access) -> Opened | None:
         """The layer by the TOC that a peer has, without a request for its blob."""
@@ -276,7 +296,8 @@ class LayerOpener:
                 return await source.document(layer)
         raise ImageNotFound(f"{toc_reference} has no TOC for this layer")
 
-    async def _keep_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> OpenLayer:
+    async def keep_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> OpenLayer:
+        """Remember a lazily readable layer, and make its segment."""
         layout = await trio.to_thread.run_sync(
             lambda: SegmentLayout.build(opened.toc, compression=opened.compression)
         )
@@ -296,7 +317,8 @@ class LayerOpener:
             descriptor, opened.toc, layout, opened.footer.kind, access, unverified=not opened.vouched
         )
 
-    async def _keep_plain(self, descriptor: Descriptor, plain: PlainLayer, access: Access) -> OpenLayer:
+    async def keep_plain(self, descriptor: Descriptor, plain: PlainLayer, access: Access) -> OpenLayer:
+        """The same for a plain one."""
         document = str(plain.document)
         facts = _Facts(document=document, kind=PLAIN, compression="none", payload_end=descriptor.size)
         await self._remember(descriptor, facts, plain.document, plain.data, access)

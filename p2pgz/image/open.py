@@ -79,7 +79,7 @@ class ImageOpener:
         self._trees = state_path / TREES
         self._documents = Documents(pool, peers)
         self.tags = Tags(pool.catalog)
-        self._layers = LayerOpener(pool, self._documents, fetcher.counters, state_path, plain)
+        self.layers = LayerOpener(pool, self._documents, fetcher.counters, state_path, plain)
         self._opening: dict[tuple[str, Digest], trio.Lock] = {}
 
     async def open(
@@ -255,7 +255,7 @@ class ImageOpener:
             if descriptor is None:
                 return None
             segment = self._pool.segment(Digest.parse(layer.segment), domain_of(layer, domain))
-            if segment is None or (layer.streamed and self._layers.plain.is_lie(segment.id)):
+            if segment is None or (layer.streamed and self.layers.plain.is_lie(segment.id)):
                 return None
             self._add_origin(wanted, segment, descriptor, layer)
         return self._finish(wanted, tree, path, segments, record)
@@ -321,7 +321,7 @@ class ImageOpener:
 
         async def one(number: int, descriptor: Descriptor) -> None:
             async with limit:
-                opened[descriptor.digest] = await self._layers.open(
+                opened[descriptor.digest] = await self.layers.open(
                     wanted.reference,
                     wanted.source,
                     descriptor,

@@ -16,7 +16,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.layout import SegmentLayout
 from p2pgz.core.media import Descriptor
 from p2pgz.core.model import ChunkKind, Toc
-from p2pgz.core.ownindex import segment_toc
+from p2pgz.core.ownindex import PlainIndex, segment_toc
 from p2pgz.core.ports import ImageSource
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.indexes import INDEXES, PlainIndexes
@@ -24,7 +24,7 @@ from p2pgz.fetch.plain import Progress, stream_layer
 from p2pgz.fetch.plainshare import PlainShare
 from p2pgz.fetch.shares import Access
 from p2pgz.pool.pool import Pool
-from p2pgz.pool.segment import SHARED_DOMAIN
+from p2pgz.pool.segment import SHARED_DOMAIN, Segment
 
 log = structlog.get_logger(component="image")
 
@@ -96,6 +96,11 @@ class PlainLayers:
         kind = segment.table.kind
         absent = segment.presence.missing(0, segment.table.chunk_count)
         return all(kind[n] == ChunkKind.ZEROS or segment.recorded(n) for n in absent)
+
+    async def keep_checked(self, index: PlainIndex, segment: Segment, data: bytes) -> None:
+        """An index that has been checked against its whole stream: peers may have it, if the layer is for everyone."""
+        if segment.domain == SHARED_DOMAIN:
+            await self._indexes.keep(index, segment.id, data, makers={}, checked=True)
 
     async def from_source(
         self,

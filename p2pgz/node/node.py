@@ -57,6 +57,7 @@ from p2pgz.web.api import (
 )
 
 if TYPE_CHECKING:
+    from p2pgz.node.exports import Exports
     from p2pgz.node.live import LiveSettings
 
 log = structlog.get_logger(component="node")
@@ -71,6 +72,7 @@ class Node:
 
     live: LiveSettings
     """the configuration that is in effect"""
+    exports: Exports
 
     def __init__(
         self,
@@ -175,7 +177,7 @@ class Node:
         """Open the image, start its file system and leave the mount's descriptor for the command."""
         if request.mode not in MODES:
             raise UsageError(f"mode {request.mode!r} is not known", hint=f"use one of {', '.join(MODES)}")
-        async with self._in_use():
+        async with self.in_use():
             image = await self.open_image(request, progress)
             options = self._options(request)
             mounted = await self.mounts.mount(image, options, kept_fields(request))
@@ -224,7 +226,7 @@ class Node:
         reference = parse_reference(request.reference)
         while not self.mounts.has(options.directory):
             try:
-                tag = self._pool.catalog.tag(str(reference), str(self._platform_of(request)))
+                tag = self._pool.catalog.tag(str(reference), str(self.platform_of(request)))
                 digest = record.manifest if record is not None else tag.digest if tag is not None else None
                 image = await self._known_or_open(digest, request)
                 replaces = record.id if record is not None else ""
@@ -290,7 +292,7 @@ class Node:
 
     async def list_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """The rows of `p2pgz ls`."""
-        async with self._in_use():
+        async with self.in_use():
             image = await self.open_image(request, progress)
             rows = list_directory(image.tree, os.fsencode(request.path or "/"), recursive=request.recursive)
             entries = [row.to_json() for row in rows]
@@ -298,7 +300,7 @@ class Node:
 
     async def read_file(self, request: MountRequest, warn: Warn) -> AsyncIterator[memoryview]:
         """The bytes of one file."""
-        async with self._in_use():
+        async with self.in_use():
             image = await self.open_image(request, _silent)
             for warning in _staleness(image):
                 warn(warning)
@@ -308,18 +310,18 @@ class Node:
     async def read_digest(self, request: GetRequest, warn: Warn) -> AsyncIterator[bytes]:
         """A chunk, TOC, manifest or config that is here, or can be fetched because its image is known here."""
         digest = Digest.parse(request.digest)
-        async with self._in_use():
+        async with self.in_use():
             yield await files.read_digest(self._pool, self._fetcher, digest)
 
     async def startup_files(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """The files that start an image, in the order in which they are read."""
-        async with self._in_use():
+        async with self.in_use():
             image = await self.open_image(request, progress)
             return await self._startups.begin(image, record=False).files()
 
     async def verify(self, request: VerifyRequest, progress: Progress) -> dict[str, Any]:
         """Hash everything of an image again."""
-        async with self._in_use():
+        async with self.in_use():
             if request.directory and not request.reference:
                 image = self.mounts.image_at(request.directory)
                 return await verify_image(image, self._pool, self._fetcher, fetch=False, progress=progress)
@@ -329,22 +331,22 @@ class Node:
 
     async def pool_gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]:
         """Give back what the pool need not hold."""
-        async with self._in_use():
+        async with self.in_use():
             return await self._upkeep.gc(request, progress)
 
     async def pool_scrub(self, request: ScrubRequest, progress: Progress) -> dict[str, Any]:
         """Check every chunk on the disk and fetch what is wrong again."""
-        async with self._in_use():
+        async with self.in_use():
             return await self._upkeep.scrub(request, progress)
 
     async def pool_pin(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """Keep an image's chunks, those that are here and those that come."""
-        async with self._in_use():
+        async with self.in_use():
             return await self._upkeep.pin(await self.open_image(request, progress))
 
     async def pool_unpin(self, request: UnpinRequest, progress: Progress) -> dict[str, Any]:
         """Undo that."""
-        async with self._in_use():
+        async with self.in_use():
             return await self._upkeep.unpin(request)
 
     async def open_image(
@@ -356,18 +358,20 @@ class Node:
         return await self._opener.open(
             reference,
             source,
-            platform=self._platform_of(request),
+            platform=self.platform_of(request),
             allow_unverified_toc=request.allow_unverified_toc,
             progress=progress,
             insist_on_platform=bool(request.platform),
             tag_seconds=tag_seconds,
         )
 
-    def _platform_of(self, request: MountRequest) -> Platform:
+    def platform_of(self, request: MountRequest) -> Platform:
+        """The one that is asked for, or this machine's."""
         return Platform.parse(request.platform) if request.platform else self.platform
 
     @asynccontextmanager
-    async def _in_use(self) -> AsyncIterator[None]:
+    async def in_use(self) -> AsyncIterator[None]:
+        """Keep an ephemeral node alive."""
         self.busy += 1
         try:
             yield

@@ -27,7 +27,7 @@ class Fault:
     error: P2pgzError | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class MemorySource:
     """Blobs by digest and tags by name."""
 

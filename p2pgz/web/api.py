@@ -24,6 +24,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from p2pgz.mount.records import MountDocument
+from p2pgz.web.exports import ExportRequest, Exports, ImportRequest, InventoryRequest
+from p2pgz.web.exports import routes as export_routes
 from p2pgz.web.questions import FindRequest, Questions, WhyRequest, routes
 from p2pgz.web.seeds import SeedRequest, Seeds, UnseedRequest
 from p2pgz.web.seeds import routes as seed_routes
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Control",
+    "ExportRequest",
     "FindRequest",
+    "ImportRequest",
+    "InventoryRequest",
     "Progress",
     "SeedRequest",
     "UnseedRequest",
@@ -157,6 +162,9 @@ class Control(Protocol):
     @property
     def questions(self) -> Questions: ...
 
+    @property
+    def exports(self) -> Exports: ...
+
 
 def create_app(control: Control) -> Starlette:
     """The routes."""
@@ -180,6 +188,7 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/pool/unpin", partial(events, control.pool_unpin, UnpinRequest), methods=["POST"]),
             *seed_routes(control.seeds),
             *routes(control.questions),
+            *export_routes(control.exports),
             Route("/v1/content", partial(frames, control.read_file, MountRequest), methods=["POST"]),
             Route("/v1/chunks", partial(frames, control.read_digest, GetRequest), methods=["POST"]),
         ]

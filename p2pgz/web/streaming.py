@@ -118,14 +118,20 @@ async def events(
     """Answer a request of this shape with what the call says meanwhile, then with its result."""
     parsed = await _parse(request, shape)
 
+    async def work(progress: Progress) -> dict[str, Any]:
+        return await call(_value(parsed), progress)
+
+    return answer_events(work)
+
+
+def answer_events(work: Callable[[Progress], Awaitable[dict[str, Any]]]) -> Response:
+    """An answer of what the work says meanwhile, then of its result."""
+
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         async def event(value: dict[str, Any]) -> None:
             await body(_line(value))
 
-        async def work() -> dict[str, Any]:
-            return await call(_value(parsed), event)
-
-        await event(await _outcome(work))
+        await event(await _outcome(lambda: work(event)))
 
     return _Streamed("application/x-ndjson", write)
 
@@ -135,12 +141,17 @@ async def frames(
 ) -> Response:
     """Answer a request of this shape with the bytes that the call gives."""
     parsed = await _parse(request, shape)
+    return answer_frames(lambda warn: call(_value(parsed), warn))
+
+
+def answer_frames(give: Callable[[Warn], AsyncIterator[Buffer]]) -> Response:
+    """An answer of bytes."""
 
     async def write(body: Callable[[bytes], Awaitable[None]]) -> None:
         warnings: list[str] = []
 
         async def work() -> dict[str, Any]:
-            async for piece in call(_value(parsed), warnings.append):
+            async for piece in give(warnings.append):
                 data = bytes(piece)
                 if data:
                     await body(struct.pack(">I", len(data)) + data)
