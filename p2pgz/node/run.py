@@ -35,6 +35,7 @@ from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
 from p2pgz.node.plainly import share_plain_layers
 from p2pgz.node.site import Site, open_site
+from p2pgz.node.supervision import Supervisor
 from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.pool import Pool
 from p2pgz.registry.sources import Sources
@@ -167,8 +168,11 @@ async def run_node(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # not the end of a node that is about to listen for it
     async with open_node(config, state_path, run_path, replace_fs=replace_fs, ephemeral=ephemeral) as node:
         tell({"event": "ready", "pid": os.getpid()})
+        supervisor = Supervisor({} if ephemeral else os.environ)
+        supervisor.ready()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(collect_cycles)
+            nursery.start_soon(supervisor.keep_alive)
             if ephemeral:
 
                 async def end_when_idle() -> None:
@@ -187,9 +191,12 @@ async def run_node(
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async for number in signals:
                     if number == signal.SIGHUP:
+                        supervisor.reloading()
                         await node.live.reload(read)
+                        supervisor.ready()
                         continue
                     log.info("node.stopping", signal=signal.Signals(number).name)
+                    supervisor.stopping()
                     break
             nursery.cancel_scope.cancel()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
