@@ -1,18 +1,21 @@
-"""Cyclic garbage of a node does not gather for ever, and looking for it does not take the node's time."""
+"""Cyclic garbage and free memory of a node do not gather for ever, and looking for them does not take the node's time."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from p2pgz.node import cycles
+from p2pgz.telemetry.process import anonymous_bytes
 
 pytestmark = pytest.mark.trio
 
@@ -61,3 +64,19 @@ async def test_what_takes_long_is_done_rarely(
     pauses = [b - a for a, b in pairwise(at)]
     assert pauses
     assert all(pause >= 0.05 / cycles.SHARE for pause in pauses)
+
+
+async def test_memory_that_is_free_goes_back_to_the_system(autojump_clock: MockClock) -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the C library gives nothing back")
+    # small enough for the heap, and one of two stays: no end of the heap is free
+    buffers = [bytearray(60_000) for _ in range(1000)]
+    del buffers[::2]
+    before = anonymous_bytes(Path("/proc/self/status").read_text())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cycles.collect_cycles)
+        await trio.sleep(cycles.EVERY_SECONDS + 1)
+        nursery.cancel_scope.cancel()
+    after = anonymous_bytes(Path("/proc/self/status").read_text())
+    assert before - after > 10 << 20
+    assert len(buffers) == 500
