@@ -42,6 +42,7 @@ from p2pgz.core.ports import Landed, PeerAnswer
 from p2pgz.core.sharing import Proofs, document_name
 from p2pgz.core.standing import Fault
 from p2pgz.errors import ChunkCorrupt, P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.arriving import Arriving
 from p2pgz.p2p.bitmaps import Bitmaps
 from p2pgz.p2p.downloads import Arrived, DocumentRequest, Downloads, Fetch, Request, batches, check_all
 from p2pgz.p2p.offers import WantedChunks
@@ -64,9 +65,11 @@ class PeerBusy(SourceUnavailable):
 
 
 class Asking(ABC):
-    """What one peer is asked for. `proofs` are those of the connection, if agreed on."""
+    """What one peer is asked for. `proofs` are those of the connection, if agreed on, `arriving` is the exchange's."""
 
-    def __init__(self, peer: PeerId, *, zstd: bool, proofs: Proofs | None = None) -> None:
+    def __init__(
+        self, peer: PeerId, *, zstd: bool, proofs: Proofs | None = None, arriving: Arriving | None = None
+    ) -> None:
         self.peer = peer
         self.error: P2pgzError | None = None
         """why the connection ended"""
@@ -74,7 +77,7 @@ class Asking(ABC):
         self.tells_indexes = False
         """whether that was agreed on"""
         self.bitmaps = Bitmaps(proofs)
-        self.downloads = Downloads(zstd=zstd)
+        self.downloads = Downloads(zstd=zstd, arriving=arriving)
         self._answers = 0
 
     @property
@@ -113,40 +116,56 @@ class Asking(ABC):
         have landed), SourceUnavailable when the connection ends.
         """
         todo = deque(batches(wanted, chunks, chunks_max=REQUEST_CHUNKS_MAX, runs_max=RUNS_MAX))
+        downloads, arriving = self.downloads, self.downloads.arriving
         fetch = Fetch()
         mine: list[Request] = []
         try:
             while True:
                 self._raise_if_ended()
-                while todo and not fetch.busy and self._has_room(wanted, todo[0]):
+                while todo and not fetch.busy and self._has_room(wanted, todo[0], priority):
                     batch = todo.popleft()
-                    request = self.downloads.ask(swarm, wanted, batch, fetch)
+                    request = downloads.ask(swarm, wanted, batch, fetch)
                     mine.append(request)
                     self._say(Want(request.number, priority, swarm, runs_of(batch)))
                 if fetch.arrived:
                     arrived, fetch.arrived = fetch.arrived, []
                     await self._land(arrived, landed)
+                    downloads.put_away(fetch, sum(item.size for item in arrived))
                     continue
                 mine = [request for request in mine if request.chunks]
                 if not mine and (not todo or fetch.busy):
                     break
                 if todo and not fetch.busy:
-                    self.downloads.waiting_for_room.add(fetch)
+                    self._wait_for_room(wanted, todo[0], fetch, priority)
                 await fetch.wait()
         finally:
-            self.downloads.waiting_for_room.discard(fetch)
+            downloads.waiting_for_room.discard(fetch)
+            arriving.leave(fetch)
             for request in mine:
-                if self.downloads.forget(request) and self.error is None:
+                if downloads.forget(request) and self.error is None:
                     self._say_quietly(Forget(request.number))
+            downloads.put_away(fetch, fetch.held_bytes)
         fetch.busy += [n for batch in todo for n in batch]
         return PeerAnswer(fetch.missing, sorted(fetch.busy), fetch.retry_seconds, fetch.alternatives)
 
-    def _has_room(self, wanted: WantedChunks, batch: Sequence[int]) -> bool:
+    def _has_room(self, wanted: WantedChunks, batch: Sequence[int], priority: int) -> bool:
+        size = _bytes_of(wanted, batch)
+        return self._has_room_here(size) and self.downloads.arriving.admits(size, priority)
+
+    def _has_room_here(self, size: int) -> bool:
         downloads = self.downloads
         if len(downloads.requests) + len(downloads.documents) >= REQUESTS_MAX:
             return False
-        size = sum(wanted.size[n] for n in batch)
         return not downloads.outstanding_bytes or downloads.outstanding_bytes + size <= WINDOW_BYTES
+
+    def _wait_for_room(self, wanted: WantedChunks, batch: Sequence[int], fetch: Fetch, priority: int) -> None:
+        """Have the fetch woken by what it lacks: room of this connection first, then room of all."""
+        size = _bytes_of(wanted, batch)
+        if self._has_room_here(size):
+            self.downloads.arriving.wait(fetch, size, priority)
+        else:
+            self.downloads.waiting_for_room.add(fetch)
+            self.downloads.arriving.pass_on()
 
     async def _land(self, arrived: list[Arrived], landed: Landed) -> None:
         source = f"peer {self.peer}"
@@ -245,3 +264,7 @@ class Asking(ABC):
     def _raise_if_ended(self) -> None:
         if self.error is not None:
             raise SourceUnavailable(self.error.what, hint=self.error.hint) from self.error
+
+
+def _bytes_of(wanted: WantedChunks, chunks: Sequence[int]) -> int:
+    return sum(wanted.size[n] for n in chunks)

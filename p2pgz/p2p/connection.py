@@ -46,6 +46,7 @@ from p2pgz.core.pacing import URGENT
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.standing import Fault
 from p2pgz.errors import P2pgzError, PeerFault, SourceUnavailable
+from p2pgz.p2p.arriving import Arriving
 from p2pgz.p2p.asking import Asking
 from p2pgz.p2p.bitmaps import PeerLies
 from p2pgz.p2p.handshake import Handshaken
@@ -62,8 +63,7 @@ STALL_SECONDS: Final = 3.0
 PING_AFTER_SECONDS: Final = 10.0
 PONG_WITHIN_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 60.0
-# one batch; a peer that takes less than 25 KB/s is of no use to it
-SEND_SECONDS: Final = 10.0
+SEND_SECONDS: Final = 10.0  # one batch; a peer that takes less than 25 KB/s is of no use to it
 # answers that wait because the peer does not read: then it is gone
 UNSENT_MAX_BYTES: Final = 4 << 20
 DOCUMENTS_AT_ONCE: Final = 4
@@ -81,10 +81,11 @@ class Connection(Asking):
         offers: Offers,
         uploads: Uploads,
         on_fault: Callable[[PeerId, Fault], None] = lambda peer, fault: None,
+        arriving: Arriving | None = None,
     ) -> None:
         zstd = bool(ends.agreement.features & Feature.ZSTD)
         proofs = ends.proofs if ends.agreement.features & Feature.PROOF else None
-        super().__init__(ends.peer, zstd=zstd, proofs=proofs)
+        super().__init__(ends.peer, zstd=zstd, proofs=proofs, arriving=arriving)
         self.version, self.features = ends.agreement
         self.tells_indexes = bool(self.features & Feature.INDEX)
         self.crowd: Callable[[CrowdFrame], None] = lambda frame: None

@@ -18,6 +18,7 @@ from p2pgz.core.schedule import LinkEstimate
 from p2pgz.core.verify import VerifiedChunk, verify
 from p2pgz.core.wirezstd import decompress
 from p2pgz.errors import ChunkCorrupt, PeerFault
+from p2pgz.p2p.arriving import Arriving
 from p2pgz.p2p.offers import WantedChunks
 
 Buffer = bytes | memoryview
@@ -43,7 +44,7 @@ class Arrived(NamedTuple):
 class Fetch:
     """One caller's wish: chunks that arrived and wait to be verified, and what came instead of others."""
 
-    __slots__ = ("alternatives", "arrived", "busy", "changed", "missing", "retry_seconds")
+    __slots__ = ("alternatives", "arrived", "busy", "changed", "held_bytes", "missing", "retry_seconds")
 
     def __init__(self) -> None:
         self.arrived: list[Arrived] = []
@@ -52,6 +53,8 @@ class Fetch:
         self.retry_seconds = 0.0
         self.alternatives: tuple[Alternative, ...] = ()
         self.changed = trio.Event()
+        self.held_bytes = 0
+        """of chunks that were asked for and are not put away"""
 
     def wake(self) -> None:
         """Something happened that the caller waits for."""
@@ -126,10 +129,11 @@ class DocumentRequest:
 
 
 class Downloads:
-    """The requests of one connection. `zstd` says whether compressed answers were agreed on."""
+    """The requests of one connection. `zstd`: whether compressed answers were agreed on; `arriving` is the exchange's."""
 
-    def __init__(self, *, zstd: bool) -> None:
+    def __init__(self, *, zstd: bool, arriving: Arriving | None = None) -> None:
         self._zstd = zstd
+        self.arriving = arriving or Arriving()
         self._number = 0
         self.requests: dict[int, Request] = {}
         self.documents: dict[int, tuple[DocumentRequest, Fetch]] = {}
@@ -157,7 +161,14 @@ class Downloads:
         request = Request(self.new_number(), swarm, wanted, chunks, fetch)
         self.requests[request.number] = request
         self.outstanding_bytes += request.total_bytes
+        self.arriving.take(request.total_bytes)
+        fetch.held_bytes += request.total_bytes
         return request
+
+    def put_away(self, fetch: Fetch, count: int) -> None:
+        """So many bytes of what a fetch asked for are not in memory any more, or will not come."""
+        fetch.held_bytes -= count
+        self.arriving.give(count)
 
     def on_data(self, frame: Data) -> bool:
         """Take a part of a chunk; returns whether the chunk is complete. Raises PeerFault for what was not asked for."""
@@ -227,8 +238,11 @@ class Downloads:
             chunks = list(chunks_of(frame.runs))
             if any(n not in request.chunks for n in chunks):
                 raise PeerFault(f"a chunk is missing that request {frame.request} did not ask for")
+        count = sum(request.chunks[n].size for n in chunks)
         for n in chunks:
             self._close(request, n)
+        if not request.forgotten:
+            self.put_away(request.fetch, count)
         return chunks
 
     def on_busy(self, frame: Busy) -> None:

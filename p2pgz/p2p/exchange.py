@@ -25,6 +25,7 @@ from p2pgz.core.ports import Holder, Landed, PeerAnswer
 from p2pgz.core.standing import Fault, Standing
 from p2pgz.errors import ChunkCorrupt, P2pgzError, SourceUnavailable
 from p2pgz.p2p import tending
+from p2pgz.p2p.arriving import Arriving
 from p2pgz.p2p.asking import PeerBusy
 from p2pgz.p2p.budget import Budget
 from p2pgz.p2p.connection import Connection
@@ -83,6 +84,7 @@ class Exchange:
         self.standing = Standing()
         self.budget = Budget()
         self.watchers: list[Watcher] = []
+        self.arriving = Arriving()
         self.dialler = Dialler(credentials, self.standing, nursery, self.connection, self._adopt)
         self.chunks = self.bytes = self._dropped_bytes = 0
 
@@ -180,7 +182,7 @@ class Exchange:
         return None
 
     def _add(self, ends: Handshaken) -> Connection:
-        connection = Connection(ends, self._offers, self.uploads, self._note_fault)
+        connection = Connection(ends, self._offers, self.uploads, self._note_fault, self.arriving)
         self._connections.setdefault(ends.peer, []).append(connection)
         for swarm in self._followed:
             connection.follow(swarm, self._secrets.get(swarm, b""))
