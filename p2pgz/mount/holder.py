@@ -246,10 +246,13 @@ class Holder:
         for mount in list(self._mounts.values()):
             mount.silent_ticks += 1
             if mount.silent_ticks > self._abandon_ticks:
-                print(
-                    f"{PROCESS_NAME}: mount {mount.id}: nobody answers its readers, given up", file=sys.stderr
-                )
                 self._abort(mount)
+                # a log that cannot be written, on a full disk say, must not end the process that holds all mounts
+                with contextlib.suppress(OSError, ValueError):
+                    print(
+                        f"{PROCESS_NAME}: mount {mount.id}: nobody answers its readers, given up",
+                        file=sys.stderr,
+                    )
 
     def _forget_ended(self) -> None:
         """Let go of mounts that were unmounted: the kernel reports an error on their descriptors. Asked, not waited for:

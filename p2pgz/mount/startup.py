@@ -81,11 +81,13 @@ class ImageStartUp:
         return not self._recording.full
 
     async def run(self) -> None:
-        """As long as the mount is there; cancelled at its end."""
+        """As long as the mount is there; cancelled at its end. An aid only: no fault of it may end the mount."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._fetch)
                 await self._record()
+        except Exception:
+            log.exception("startup.failed", reference=self._image.reference)
         finally:
             with trio.CancelScope(shield=True):
                 await self._save()

@@ -51,7 +51,8 @@ def serve(control: socket.socket) -> None:
         try:
             pid = os.fork()
         except OSError as error:  # no memory or no process left: the node sees its channel end
-            print(f"p2pgz-fs-zygote: fork: {error.strerror}", file=sys.stderr)
+            with suppress(OSError, ValueError):  # the log's disk is full
+                print(f"p2pgz-fs-zygote: fork: {error.strerror}", file=sys.stderr)
             os.close(fds[0])
             continue
         if not pid:

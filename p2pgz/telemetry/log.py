@@ -5,14 +5,45 @@ Modules make their logger with `structlog.get_logger(component=…)`; processes 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from typing import TextIO, cast
 
 import structlog
 
 from p2pgz.telemetry.recent import RECENT
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class Output:
+    """Where the lines go. A full disk or a closed terminal loses lines, which are counted, and told of in the next one;
+    it never becomes the error of the code that had something to say."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.lost = 0
+
+    def write(self, text: str) -> None:
+        try:
+            self._file.write(text)
+        except (OSError, ValueError):  # ValueError: closed
+            self.lost += 1
+        else:
+            self.lost = 0
+
+    def tell_of_lost(
+        self, _logger: object, _method: str, event: structlog.types.EventDict
+    ) -> structlog.types.EventDict:
+        """A processor."""
+        if self.lost:
+            event["lost_lines"] = self.lost
+        return event
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
 
 
 class _Logger(structlog.BoundLoggerBase):
@@ -23,6 +54,7 @@ def set_up(level: str, *, text: bool | None = None) -> None:
     """Configure logging for this process; `text` is decided by whether standard error is a terminal when None."""
     if text is None:
         text = sys.stderr.isatty()
+    output = Output(sys.stderr)
     renderer: structlog.types.Processor
     renderer = structlog.dev.ConsoleRenderer() if text else structlog.processors.JSONRenderer(sort_keys=False)
     structlog.configure(
@@ -31,11 +63,12 @@ def set_up(level: str, *, text: bool | None = None) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            output.tell_of_lost,
             RECENT,
             renderer,
         ],
         wrapper_class=_Logger,
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", output)),
         cache_logger_on_first_use=True,
     )
     set_level(level)
