@@ -4,10 +4,12 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills evict crashpoints soak sim dht-promise lint format coverage wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills evict crashpoints soak sim dht-promise lint format coverage coverage-report wheel-test docs lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
+# What coverage is measured of: all that is quick and runs in the test process. The rest is `--not-measured`.
+MEASURED = .venv/bin/coverage erase; .venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -m 'not slow' $(FAST)
 
 help:
 	@sed -n 's/^# make /make /p' Makefile; echo 'make setup | unit | format | changelog'
@@ -18,11 +20,12 @@ setup:
 demo: setup
 	@.venv/bin/p2pgz demo
 
+# COVERAGE=1 measures coverage on the way, for `make coverage-report`.
 # The images of the end-to-end tests are built first, so that no test's time limit has to hold the half minute that takes.
 test:
 	@.ci/setup test
 	@[ "$$(id -u)" != 0 ] || .venv/bin/python tests/e2e/lab_images.py .cache >/dev/null || echo 'the images could not be built' >&2
-	$(PYTEST) $(ARGS)
+	$(if $(COVERAGE),@$(MEASURED) $(ARGS); status=$$?; $(PYTEST) --not-measured $(ARGS) && exit $$status,$(PYTEST) $(ARGS))
 
 unit:
 	@.ci/setup test
@@ -76,8 +79,10 @@ format: setup
 # Line and branch coverage of what runs in the test process; core/ has no excuse, it is sans-io. What is slow runs in `test`.
 coverage:
 	@.ci/setup test
-	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest -p no:cacheprovider -p no:randomly -q -m 'not slow' $(FAST) $(ARGS)
+	@$(MEASURED) -q $(ARGS)
+	@$(MAKE) --no-print-directory coverage-report
+
+coverage-report:
 	.venv/bin/coverage combine -q
 	.venv/bin/coverage report --skip-covered
 	.venv/bin/coverage report --include='p2pgz/core/*' --fail-under=100 >/dev/null || { echo 'core/ is below 100 %'; exit 1; }

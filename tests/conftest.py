@@ -37,6 +37,27 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--not-measured",
+        action="store_true",
+        help="only what `make coverage` leaves out: slow tests and those of whole processes",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--not-measured"):
+        return
+    here = Path(__file__).parent
+
+    def is_measured(item: pytest.Item) -> bool:
+        top = item.path.relative_to(here).parts[0]
+        return top in ("unit", "property") and item.get_closest_marker("slow") is None
+
+    config.hook.pytest_deselected(items=[item for item in items if is_measured(item)])
+    items[:] = [item for item in items if not is_measured(item)]
+
+
 def can_mount() -> str:
     """Empty when this process can make FUSE mounts in its mount namespace, otherwise why not."""
     if os.geteuid() != 0:
