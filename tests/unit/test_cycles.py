@@ -54,16 +54,38 @@ async def test_what_takes_long_is_done_rarely(
 
     def slow() -> None:
         at.append(trio.current_time())
-        time.sleep(0.05)
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
 
+    monkeypatch.setattr(cycles, "_give_back", lambda: None)  # the clock would jump while a thread works
     monkeypatch.setattr(gc, "collect", slow)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cycles.collect_cycles)
         await trio.sleep(1000)
         nursery.cancel_scope.cancel()
-    pauses = [b - a for a, b in pairwise(at)]
+    first, *pauses = [b - a for a, b in pairwise(at)]
+    assert first < 2 * cycles.EVERY_SECONDS  # what that one found slow is not looked at again
     assert pauses
     assert all(pause >= 0.05 / cycles.SHARE for pause in pauses)
+
+
+async def test_a_slow_machine_is_no_reason_to_look_rarely(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at: list[float] = []
+
+    def waiting_for_the_processor() -> None:
+        at.append(trio.current_time())
+        time.sleep(0.05)
+
+    monkeypatch.setattr(cycles, "_give_back", lambda: None)  # the clock would jump while a thread works
+    monkeypatch.setattr(gc, "collect", waiting_for_the_processor)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cycles.collect_cycles)
+        await trio.sleep(10 * cycles.EVERY_SECONDS)
+        nursery.cancel_scope.cancel()
+    assert len(at) >= 9
 
 
 async def test_memory_that_is_free_goes_back_to_the_system(autojump_clock: MockClock) -> None:
