@@ -1,10 +1,10 @@
-# make demo | test | lint | coverage | wheel-test | docs | lock | clean
+# make demo | test | lint | coverage | wheel-test | docs | packages | lock | clean
 #
 # Every target sets up what it needs (.ci/setup: Debian packages when root, the virtual environment .venv) and writes
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills evict crashpoints soak sim dht-promise lint format coverage coverage-report wheel-test docs lock changelog clean
+.PHONY: help setup demo test unit kills evict crashpoints soak sim dht-promise lint format coverage coverage-report wheel-test docs packages lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -94,6 +94,10 @@ wheel-test:
 # The generated parts of docs/reference: options, keys, requests. tests/docs fails when they are out of date.
 docs: setup
 	.venv/bin/python .ci/reference.py
+
+# dist/packages/*.deb and *.rpm, for hosts with this machine's release or a later one; needs Go, for nfpm
+packages: setup
+	@.ci/packages
 
 # New versions: edit the ranges in pyproject.toml, then this. `LOCK_ARGS=--upgrade` takes the newest of everything.
 lock: setup

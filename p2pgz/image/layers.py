@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -298,9 +299,8 @@ class LayerOpener:
 
     async def keep_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> OpenLayer:
         """Remember a lazily readable layer, and make its segment."""
-        layout = await trio.to_thread.run_sync(
-            lambda: SegmentLayout.build(opened.toc, compression=opened.compression)
-        )
+        known = self._pool.segment(opened.toc.digest, access.domain) if opened.vouched else None
+        opened, layout = await trio.to_thread.run_sync(_laid_out, descriptor, opened, known)
         if opened.vouched:
             facts = _Facts(
                 document=str(opened.toc.digest),
@@ -376,3 +376,20 @@ class LayerOpener:
             )
         )
         return self._facts / f"{key.hexdigest()}.json"
+
+
+def _laid_out(descriptor: Descriptor, opened: Opened, known: Segment | None) -> tuple[Opened, SegmentLayout]:
+    """The layout, as the pool knows it if it does: where the last member ends the footer alone tells, and who opened the
+    layer by its document has taken it for longer (`core.tail.open_document`). Runs in a thread."""
+    layout = SegmentLayout.build(opened.toc, compression=opened.compression)
+    if known is None or known.has_table(layout.to_bytes()):
+        return opened, layout
+    footer = opened.footer._replace(payload_end=max(known.table.blob_end, default=0))
+    with suppress(ImageInvalid):
+        toc = parse_toc(
+            opened.toc_json, kind=footer.kind, payload_end=footer.payload_end, blob_size=descriptor.size
+        )
+        same = SegmentLayout.build(toc, compression=opened.compression)
+        if known.has_table(same.to_bytes()):
+            return opened._replace(toc=toc, footer=footer), same
+    return opened, layout
