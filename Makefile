@@ -1,10 +1,10 @@
-# make demo | test | lint | coverage | wheel-test | docs | packages | lock | clean
+# make demo | test | page | lint | coverage | wheel-test | docs | packages | lock | clean
 #
 # Every target sets up what it needs (.ci/setup: Debian packages when root, the virtual environment .venv) and writes
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test unit kills evict crashpoints soak sim dht-promise lint format coverage coverage-report wheel-test docs packages lock changelog clean
+.PHONY: help setup demo test page unit kills evict crashpoints soak sim dht-promise lint format coverage coverage-report wheel-test docs packages lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -67,6 +67,14 @@ dht-promise:
 	@.ci/setup test
 	P2PGZ_TEST_DHT_SERVERS=64 $(PYTEST) -q tests/interop/test_dht_peers.py tests/unit/p2p/test_dht_promise.py \
 	    -k 'day_later or after_a_day' $(ARGS)
+
+# The status page in a real browser; writes the pictures of the documentation. As root it installs chromium; the driver is
+# in no other target, so that nobody else has to fetch it.
+page:
+	@.ci/setup test
+	@command -v chromium >/dev/null || apt-get install -qy --no-install-recommends chromium
+	@.venv/bin/python -c 'import playwright' 2>/dev/null || .venv/bin/uv pip install -q --python .venv/bin/python --group page
+	P2PGZ_TEST_IMAGES=docs/images $(PYTEST) -q tests/e2e/web $(ARGS)
 
 lint:
 	@.ci/setup test

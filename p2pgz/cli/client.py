@@ -157,8 +157,10 @@ class NodeClient:
         try:
             if self._start is not None and not self.is_up():
                 self._start_again()
+            # one request each: the socket is closed with the answer
+            headers = {"Connection": "close"}
             if file is None:
-                connection.request(method, path, None if body is None else json.dumps(body))
+                connection.request(method, path, None if body is None else json.dumps(body), headers)
             else:
                 connection.connect()
                 connection.sock.settimeout(None)  # the node takes a file as fast as its disk does
@@ -168,7 +170,7 @@ class NodeClient:
                     path,
                     itertools.chain([line], file),
                     encode_chunked=True,
-                    headers={"Transfer-Encoding": "chunked"},
+                    headers={**headers, "Transfer-Encoding": "chunked"},
                 )
             sock = connection.sock
             response = connection.getresponse()

@@ -34,7 +34,7 @@ from p2pgz.node.live import LiveSettings, Read, policy_of
 from p2pgz.node.node import Node
 from p2pgz.node.peering import open_peering, takes_part
 from p2pgz.node.plainly import share_plain_layers
-from p2pgz.node.site import Site, open_site
+from p2pgz.node.site import Site, open_port, start_site
 from p2pgz.node.supervision import Supervisor
 from p2pgz.node.upkeep import Upkeep
 from p2pgz.pool.pool import Pool
@@ -59,6 +59,7 @@ async def open_node(
         pool = await stack.enter_async_context(
             Pool.open(state_path, boot_id=boot_id(), check_filesystem=config.pool.check_filesystem)
         )
+        listeners = await stack.enter_async_context(open_port(config, ephemeral=ephemeral))
         shares = Shares(policy_of(config.sharing), state_path)
         await shares.load(pool)
         lists = StartUpLists(state_path) if config.fetch.startup_list else None
@@ -128,7 +129,7 @@ async def open_node(
             upkeep=upkeep,
         )
         site = Site(node, fetcher, sources, peering)
-        node.http_urls = await stack.enter_async_context(open_site(config, site, ephemeral=ephemeral))
+        node.http_urls = start_site(config, site, listeners, nursery)
         await holder.take_from_systemd()
         recovered = trio.Event()
 

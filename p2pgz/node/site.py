@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
+import trio
 
 from p2pgz import __version__
 from p2pgz.config import Config
@@ -17,7 +18,7 @@ from p2pgz.node.peering import Peering
 from p2pgz.registry.sources import Sources
 from p2pgz.telemetry.histogram import Histogram
 from p2pgz.telemetry.recent import RECENT
-from p2pgz.web.http import AUTO, NONE, serving
+from p2pgz.web.http import AUTO, NONE, HttpServer, addresses, listening
 from p2pgz.web.metrics import Measures
 from p2pgz.web.site import create_site, own_names
 
@@ -77,13 +78,25 @@ class Site:
 
 
 @asynccontextmanager
-async def open_site(config: Config, site: Site, *, ephemeral: bool) -> AsyncIterator[list[str]]:
-    """Serve it while the block runs; its URLs. Raises StateError when the address cannot be had."""
+async def open_port(config: Config, *, ephemeral: bool) -> AsyncIterator[list[trio.SocketListener]]:
+    """The port's listeners, none if there is to be no port. Raises StateError when the address cannot be had."""
     text = config.http.listen
     # a node that a command started for itself: nobody would find its page
     if text == NONE or (text == AUTO and ephemeral):
         yield []
         return
-    async with serving(create_site(site, own_names(config.http.hosts)), text) as urls:
-        log.info("http.ready", urls=urls)
-        yield urls
+    async with listening(text) as listeners:
+        yield listeners
+
+
+def start_site(
+    config: Config, site: Site, listeners: list[trio.SocketListener], nursery: trio.Nursery
+) -> list[str]:
+    """Serve it as long as the nursery lives; its URLs."""
+    if not listeners:
+        return []
+    server = HttpServer(create_site(site, own_names(config.http.hosts)))
+    nursery.start_soon(server.run, listeners)
+    urls = addresses(listeners)
+    log.info("http.ready", urls=urls)
+    return urls

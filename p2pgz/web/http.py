@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 import structlog
@@ -209,16 +209,10 @@ class HttpServer:
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, text: str) -> AsyncIterator[list[str]]:
-    """Serve an app at an address while the block runs; its URLs."""
+async def listening(text: str) -> AsyncIterator[list[trio.SocketListener]]:
+    """Listeners as `listen` has them, closed with the block."""
     listeners = await listen(text)
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(HttpServer(app).run, listeners)
-        try:
-            yield addresses(listeners)
-        except Exception as error:  # noqa: BLE001  # goes on below, not wrapped in a group
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    async with AsyncExitStack() as stack:
+        for listener in listeners:
+            await stack.enter_async_context(listener)
+        yield listeners

@@ -370,15 +370,15 @@ async def test_a_bug_costs_one_answer():
 
 @pytest.mark.trio
 async def test_where_it_listens():
-    async with http.serving(site.create_site(FakeNode(), site.own_names([])), "[::1]:0") as urls:
-        assert [url for url in urls if url.startswith("http://[::1]:")]
-    async with http.serving(site.create_site(FakeNode(), site.own_names([])), ":0") as urls:
-        assert any(url.startswith("http://127.0.0.1:") for url in urls)
-    app = site.create_site(FakeNode(), site.own_names([]))
-    async with http.serving(app, "auto") as one, http.serving(app, "auto") as other:
-        assert one != other  # several nodes on one machine
+    async with http.listening("[::1]:0") as listeners:
+        assert [url for url in http.addresses(listeners) if url.startswith("http://[::1]:")]
+    async with http.listening(":0") as listeners:
+        assert any(url.startswith("http://127.0.0.1:") for url in http.addresses(listeners))
+    async with http.listening("auto") as one, http.listening("auto") as other:
+        [url] = http.addresses(one)
+        assert http.addresses(other) != [url]  # several nodes on one machine
         with pytest.raises(StateError, match="cannot be had"):
-            await http.listen(one[0].removeprefix("http://").rstrip("/"))
+            await http.listen(url.removeprefix("http://").rstrip("/"))
 
 
 @pytest.mark.parametrize(
