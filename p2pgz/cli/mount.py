@@ -29,7 +29,7 @@ from p2pgz.errors import P2pgzError
     type=click.Choice(["auto", "tree", "erofs"]),
     default="auto",
     show_default=True,
-    help="How the kernel is served; auto is tree, erofs is faster for metadata.",
+    help="How the kernel is served; auto is erofs where this host can, else tree.",
 )
 @click.option("--fill/--no-fill", "fill", default=None, help="Fetch the rest in the background.")
 @click.option("--suid", is_flag=True, help="Honour setuid bits and file capabilities (root).")

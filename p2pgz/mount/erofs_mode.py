@@ -7,7 +7,7 @@ that EROFS cannot express, or a mount that fails, falls back to tree mode unless
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -15,7 +15,7 @@ import msgspec
 import structlog
 import trio
 
-from p2pgz.errors import MountUnavailable, PoolFull
+from p2pgz.errors import MountUnavailable, PoolFull, StateError
 from p2pgz.image.erofs import FORMAT_VERSION, write_metadata
 from p2pgz.image.opened import OpenImage
 from p2pgz.mount.hosting import ErofsPart
@@ -31,10 +31,7 @@ log = structlog.get_logger(component="mount")
 RESULT_NAME: Final = "erofs-self-test.json"
 NOT_ROOT: Final = "only root can mount EROFS"
 ASKED_FOR_TREE: Final = "asked for"
-# In tree mode a mount outlives every process of ours; the segment host has no holder yet, so erofs is a choice to be made
-AUTO_IS_TREE: Final = (
-    "auto is tree mode, which survives the loss of any process; --mode erofs is faster for metadata"
-)
+NO_RESEND: Final = "without mount.resend an erofs mount cannot survive the loss of its process"
 
 
 class Decision(NamedTuple):
@@ -57,10 +54,18 @@ class ErofsMode:
     """Everything about erofs mode that outlives a mount."""
 
     def __init__(
-        self, client: SegmentClient, pool: Pool, run_path: Path, scratch_path: Path, boot_id: str
+        self,
+        client: SegmentClient,
+        pool: Pool,
+        run_path: Path,
+        scratch_path: Path,
+        boot_id: str,
+        *,
+        resend: bool = True,
     ) -> None:
         """`scratch_path` is on the disk where metadata is kept: what cannot hold it fails the self-test."""
-        self._client = client
+        self.client = client
+        self._resend = resend
         self.roster = client.roster
         self._pool = pool
         self._result_path = run_path / RESULT_NAME
@@ -72,13 +77,15 @@ class ErofsMode:
 
     async def decide(self, mode: str) -> Decision:
         """For `--mode auto`, `tree` or `erofs`; raises MountUnavailable when erofs is a must and cannot be."""
-        if mode != "erofs":
-            return Decision(False, ASKED_FOR_TREE if mode == "tree" else AUTO_IS_TREE)
+        if mode == "tree":
+            return Decision(False, ASKED_FOR_TREE)
+        if mode == "auto" and not self._resend:
+            return Decision(False, NO_RESEND)
         async with self._testing:
             if self._decision is None:
                 self._decision = await self._find_out()
         decision = self._decision
-        if not decision.erofs:
+        if not decision.erofs and mode == "erofs":
             raise MountUnavailable(
                 f"erofs mode cannot be used on this host: {decision.reason}", hint="use --mode tree"
             )
@@ -95,7 +102,7 @@ class ErofsMode:
         except (OSError, msgspec.MsgspecError):
             pass
         self._scratch_path.mkdir(mode=0o700, exist_ok=True)
-        tested = await self._client.self_test(self._scratch_path)
+        tested = await self.client.self_test(self._scratch_path)
         result = _Result(self._boot_id, kernel, tested.passed, tested.reason)
         log.info("erofs.self_test", passed=tested.passed, reason=tested.reason, kernel=kernel)
         try:
@@ -114,7 +121,42 @@ class ErofsMode:
         native = await self._mark_native(image.segments)
         complete = len(native) == len(image.segments)
         opening = ErofsPart(os.fsencode(metadata_path), native, complete)
-        return await self._client.start_session(opening, options, ensure, observe)
+        try:
+            return await self.client.start_session(opening, options, ensure, observe)
+        except BaseException:
+            self.forget(options.hold_id)  # of a host that was killed while it made the mount
+            raise
+
+    def is_hosted(self, mount_id: str) -> bool:
+        """Whether a mount is in erofs mode and has not ended."""
+        return self.client.record_of(mount_id) is not None
+
+    def hosted(self, held: Collection[str]) -> set[str]:
+        """The mounts in erofs mode of which the holder has the connection."""
+        return {mount_id for mount_id, record in self.client.records().items() if record.host in held}
+
+    def forget(self, mount_id: str) -> None:
+        """A mount cannot be served any more."""
+        self.client.forget(mount_id)
+
+    async def resume(
+        self, mount_id: str, options: SessionOptions, ensure: Ensure, observe: Observe
+    ) -> FsSession:
+        """Another host for a mount; raises MountUnavailable, or StateError when that can never be."""
+        record = self.client.record_of(mount_id)
+        if record is None:
+            raise MountUnavailable("the mount is gone")
+        try:
+            return await self.client.resume_session(record, options, ensure, observe)
+        except StateError:
+            self.client.forget(mount_id)
+            raise
+
+    async def retire(self, mount_id: str, pid: int) -> None:
+        """End the host of a mount if it is this process."""
+        record = self.client.record_of(mount_id)
+        if record is not None:
+            await self.client.retire(record, pid)
 
     async def _metadata(self, image: OpenImage) -> Path:
         """The EROFS file of an image's tree, written when it is needed for the first time."""

@@ -28,7 +28,7 @@ from p2pgz.image.treefile import TreeFile
 from p2pgz.mount import attach, kernel, relink, setup
 from p2pgz.mount.channel import Kind, Record
 from p2pgz.mount.drain import before_poll
-from p2pgz.mount.hold import Hold
+from p2pgz.mount.hold import Hold, resume_mount
 from p2pgz.mount.link import NodeLink
 from p2pgz.mount.observed import FirstReads
 from p2pgz.mount.setup import Ready, SessionOptions
@@ -89,7 +89,7 @@ def run(connection: socket.socket) -> int:
     try:
         image = _open_image(options)
         hold = Hold(Path(options.holder_path), options.hold_id) if options.holder_path else None
-        mount = _resume_mount(options, hold) if options.resume else _make_mount(options)
+        mount = resume_mount(hold, resend=options.resend) if options.resume else _make_mount(options)
         served = _Served(image, options, mount, hold)
     except Exception as error:
         if not isinstance(error, P2pgzError):
@@ -175,16 +175,6 @@ def _make_mount(options: SessionOptions) -> attach.FuseMount:
         dev=options.dev,
         context=options.context,
     )
-
-
-def _resume_mount(options: SessionOptions, hold: Hold | None) -> attach.FuseMount:
-    """Go on with a mount whose last process is gone, or is ending and reads no more requests (`resend` is off then)."""
-    if hold is None:
-        raise MountUnavailable("a mount without a holder cannot be resumed")
-    fuse_fd, device = hold.take()
-    if options.resend:
-        kernel.resend(fuse_fd)
-    return attach.FuseMount(fuse_fd, -1, device)
 
 
 class _Served:

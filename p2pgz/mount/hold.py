@@ -18,7 +18,7 @@ from typing import Any, Final
 import trio
 
 from p2pgz.errors import MountUnavailable
-from p2pgz.mount import holder, relink
+from p2pgz.mount import attach, holder, kernel, relink
 
 ANSWER_SECONDS: Final = 5.0  # it answers in microseconds; a loaded machine starts it in half a second
 BEAT_SECONDS: Final = 1.0
@@ -113,3 +113,14 @@ class Hold:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def resume_mount(hold: Hold | None, *, resend: bool = True) -> attach.FuseMount:
+    """Go on with a connection whose last process is gone, or is ending and reads no more requests (`resend` is off then);
+    blocks. Raises MountUnavailable."""
+    if hold is None:
+        raise MountUnavailable("a mount without a holder cannot be resumed")
+    fuse_fd, device = hold.take()
+    if resend:
+        kernel.resend(fuse_fd)
+    return attach.FuseMount(fuse_fd, -1, device)

@@ -29,7 +29,7 @@ from p2pgz.mount.roster import listening, weeded
 from p2pgz.mount.servers import EROFS, Served, Servers
 from p2pgz.mount.session import FsSession
 from p2pgz.mount.setup import READ_AHEAD_COMPLETE_KB
-from p2pgz.mount.umount import FS_TYPE, is_ours, top_mount
+from p2pgz.mount.umount import is_ours, top_mount
 from p2pgz.pool.catalog import Catalog, MountRecord
 from p2pgz.pool.segment import Segment
 
@@ -108,7 +108,10 @@ class Mounts:
         )
         await self._catalog.put_mount(to_record(served.id, image.digest, document))
         try:
-            session = await (self._servers.mount_here(served) if here else self._servers.start(served))
+            if here:
+                session = await self._servers.mount_here(served, replaces=bool(replaces))
+            else:
+                session = await self._servers.start(served)
         except BaseException:
             with (
                 trio.CancelScope(shield=True),
@@ -174,8 +177,8 @@ class Mounts:
                     continue
                 if session.options.socket_path:
                     Path(session.options.socket_path).unlink(missing_ok=True)
-                if (session.exit_status == 0 and not session.is_draining) or mounted.mode == EROFS:
-                    return  # another segment host cannot take over: the kernel opens the devices once
+                if session.exit_status == 0 and not session.is_draining:
+                    return
                 successor = await self._servers.revive(mounted)
                 if successor is None:
                     return
@@ -271,7 +274,7 @@ class Mounts:
         if document.boot_id != self._boot_id:
             return document.options.persist
         left = top_mount(document.options.directory) if document.options.directory else None
-        return left is not None and left.fs_type == FS_TYPE
+        return left is not None and is_ours(left)
 
     async def _recover_one(
         self, record: MountRecord, document: MountDocument, paths: list[Path], open_known: OpenKnown
@@ -305,7 +308,7 @@ class Mounts:
         for mounted in list(self._mounts.values()):
             async with mounted.changing:
                 old = mounted.session
-                if mounted.mode == EROFS or (only_other_versions and old.options.version == __version__):
+                if only_other_versions and old.options.version == __version__:
                     continue
                 try:
                     mounted.session = await self._servers.replace(mounted, old)

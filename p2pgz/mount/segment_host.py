@@ -1,9 +1,10 @@
 """The segment host: one process per node that serves segment files to the kernel's EROFS, and makes the EROFS mounts.
 
-Started by the node (`segment_client`) as `python -P -m p2pgz.mount.segment_host FD`; told of each mount over its own
-channel (`hosting`). Its FUSE mount is attached nowhere: only this process can open the files, and only EROFS does. Lives on
-without a node while one of its mounts is alive, and is found by the next node through the mounts' sockets (`relink`). The
-same rules as for `fs`: never a network client, never a write to the pool, no file opened while a reader waits.
+Forked by `zygote`; told of each mount over its own channel (`hosting`). Its FUSE mount is attached nowhere: only this
+process can open the files, and only EROFS does. Lives on without a node while one of its mounts is alive, and is found by
+the next node through the mounts' sockets (`relink`). When it is killed the holder has its /dev/fuse, and another process
+goes on for its mounts (`HostPart.resume`); it makes no new ones, for nobody can reach the detached mount any more. The same
+rules as for `fs`: never a network client, never a write to the pool, no file opened while a reader waits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -23,8 +23,10 @@ import pyfuse3
 import trio
 
 from p2pgz.core.layout import SegmentTable
-from p2pgz.errors import P2pgzError, StateError
+from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.mount import attach, erofs_mount, fs, hosting, kernel, relink, selftest, setup
+from p2pgz.mount.hold import Hold, resume_mount
+from p2pgz.mount.hosted import HostedMount, attach_presences
 from p2pgz.mount.observed import FirstReads
 from p2pgz.mount.segments import (
     UNUSED_FILES_KEPT,
@@ -36,40 +38,33 @@ from p2pgz.mount.segments import (
     map_file,
 )
 from p2pgz.mount.setup import Ready, SessionOptions
-from p2pgz.pool.presence import Presence
 
 log = logging.getLogger("p2pgz.segments")
 
 PROCESS_NAME: Final = b"p2pgz-segments"
-SOURCE_NAME: Final = "p2pgz-segments"
 MOUNT_THREADS: Final = 2
 INVALIDATIONS_QUEUED: Final = 1024
-
-
-class _Hosted:
-    """One mounted image."""
-
-    def __init__(self, options: SessionOptions, presences: list[Presence], watch: WatchFile) -> None:
-        self.options = options
-        self.presences = presences
-        self.watch = watch
-        self.files: list[SegmentFile] = []
-        self.bdi_name = ""
-        self.listener: socket.socket | None = None
-        self.link: HostedLink
 
 
 class SegmentHost:
     """Everything that the process has."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, part: hosting.HostPart) -> None:
         self._control = control
-        self._mount = attach.make_detached(source=SOURCE_NAME)
-        door = kernel.LibfuseDoor(self._mount.fuse_fd, kernel.answer_init(self._mount.fuse_fd))
-        self.operations = SegmentOperations(on_init=door.open)
+        self._part = part
+        self._hold = Hold(Path(os.fsdecode(part.holder_path)), part.name) if part.holder_path else None
+        if part.resume:
+            self._mount, greeting = resume_mount(self._hold), kernel.greeting()
+        else:
+            self._mount = attach.make_detached(source=PROCESS_NAME.decode())
+            greeting = kernel.answer_init(self._mount.fuse_fd)
+        door = kernel.LibfuseDoor(self._mount.fuse_fd, greeting)
+        self.operations = SegmentOperations(on_init=door.open, resumes=part.resume)
         pyfuse3.init(self.operations, door.path, set())
+        if self._hold is not None and not part.resume:
+            self._hold.give(self._mount.fuse_fd, self._mount.device)
         self._by_path: dict[str, SegmentFile] = {}
-        self._hosted: set[_Hosted] = set()
+        self._hosted: set[HostedMount] = set()
         self._channels = 0
         self._node_gone = False
         self._mounting = trio.Lock()
@@ -88,10 +83,21 @@ class SegmentHost:
         """Until the node and all mounts are gone."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            nursery.start_soon(pyfuse3.main, 1, kernel.MAX_TASKS)
+            nursery.start_soon(self._answer_kernel)
+            if self._hold is not None:
+                nursery.start_soon(self._hold.keep)
             for _ in range(fs.INVALIDATION_THREADS):
                 nursery.start_soon(self._invalidate)
             nursery.start_soon(self._take_channels)
+        if self._hold is not None:
+            self._hold.release()
+
+    async def _answer_kernel(self) -> None:
+        """Until the connection ends: the last mount of a host that resumed one, or the holder gave it up."""
+        await pyfuse3.main(1, kernel.MAX_TASKS)
+        for hosted in self._hosted:
+            hosted.watch.released()  # the end of the connection may overtake the kernel's word about that
+        self._nursery.cancel_scope.cancel()
 
     async def _take_channels(self) -> None:
         self._control.setblocking(False)
@@ -114,7 +120,8 @@ class SegmentHost:
         self._end_when_idle()
 
     def _end_when_idle(self) -> None:
-        if self._node_gone and not self._channels:
+        # one that resumed ends with its connection: the next node may tell it of mounts that it has not heard of yet
+        if self._node_gone and not self._channels and not self._part.resume:
             self._nursery.cancel_scope.cancel()
 
     async def _serve_channel(self, connection: socket.socket) -> None:
@@ -140,7 +147,7 @@ class SegmentHost:
             self._channels -= 1
             self._end_when_idle()
 
-    async def _open_channel(self, connection: socket.socket) -> _Hosted | None:
+    async def _open_channel(self, connection: socket.socket) -> HostedMount | None:
         """Do what the channel asks for; None when there is nothing to keep."""
         with trio.socket.from_stdlib_socket(connection.dup()) as channel:
             datagram, _ = await relink.receive_raw(channel)
@@ -153,38 +160,24 @@ class SegmentHost:
             options = None
             while options is None:
                 options = assembler.feed(*await relink.receive_raw(channel))
+        if isinstance(opening, hosting.ResumePart):
+            return self._resume(opening.hosted, options, connection)
         return await self._start(opening, options, connection)
 
     async def _start(
         self, opening: hosting.ErofsPart, options: SessionOptions, connection: socket.socket
-    ) -> _Hosted:
-        presences = _attach(options)
-        watch = WatchFile(self.operations.next_ino())
-        hosted = _Hosted(options, presences, watch)
-        hosted.link = HostedLink(
-            presences,
-            read_deadline_seconds=options.read_deadline_seconds,
-            set_read_ahead=lambda kilobytes: self._set_read_ahead(hosted, kilobytes),
-            invalidate=lambda segment, first, count: self._note_wrong(hosted, segment, first, count),
-        )
-        if options.observe:
-            counts = [presence.count for presence in presences]
-            hosted.link.first_reads = FirstReads(counts, hosted.link.send)
-        self.operations.add(watch)
+    ) -> HostedMount:
+        hosted = self._host(options, self.operations.next_ino())
+        self.operations.add(hosted.watch)
         try:
-            devices: list[str] = []
+            devices = []
             native = set(opening.native)
             for n, files in enumerate(options.segments):
                 if n in native:
                     devices.append(os.fspath(files.data_path))
                     continue
-                file = self._file(files)
-                file.users.append(User(hosted.link, n))
-                hosted.files.append(file)
-                devices.append(self.path_of(file.name))
-            devices.append(self.path_of(watch.name))
-            if options.socket_path:
-                hosted.listener = relink.listen(Path(options.socket_path))
+                devices.append(self.path_of(self._use(hosted, n, self._file(files)).name))
+            devices.append(self.path_of(hosted.watch.name))
             device_kb = (
                 hosting.DEVICE_READ_AHEAD_COMPLETE_KB
                 if opening.complete
@@ -202,6 +195,7 @@ class SegmentHost:
             self._forget(hosted)
             raise
         hosted.bdi_name = mount.bdi_name
+        self._write_down(hosted, mount)
         self._set_read_ahead(
             hosted,
             hosting.FILES_READ_AHEAD_COMPLETE_KB if opening.complete else hosting.FILES_READ_AHEAD_COLD_KB,
@@ -214,8 +208,67 @@ class SegmentHost:
         self._hosted.add(hosted)
         return hosted
 
-    def _file(self, files: setup.SegmentFiles) -> SegmentFile:
-        """The file of a segment: the one that its pool file had before, or a new one."""
+    def _host(self, options: SessionOptions, watch_ino: int) -> HostedMount:
+        """What there is to a mount before it has files."""
+        presences = attach_presences(options)
+        hosted = HostedMount(options, presences, WatchFile(watch_ino))
+        hosted.watch.on_gone = hosted.strike_out
+        hosted.link = HostedLink(
+            presences,
+            read_deadline_seconds=options.read_deadline_seconds,
+            set_read_ahead=lambda kilobytes: self._set_read_ahead(hosted, kilobytes),
+            invalidate=lambda segment, first, count: self._note_wrong(hosted, segment, first, count),
+        )
+        if options.observe:
+            counts = [presence.count for presence in presences]
+            hosted.link.first_reads = FirstReads(counts, hosted.link.send)
+        try:
+            if options.socket_path:
+                hosted.listener = relink.listen(Path(options.socket_path))
+        except BaseException:
+            self._forget(hosted, ended=False)
+            raise
+        return hosted
+
+    def _write_down(self, hosted: HostedMount, mount: erofs_mount.ErofsMount) -> None:
+        if self._hold is None:
+            return
+        inos = [0] * len(hosted.options.segments)
+        for file in hosted.files:
+            for user in file.users:
+                if user.link is hosted.link:
+                    inos[user.segment] = file.ino
+        name, watch = self._part.name, hosted.watch.ino
+        hosted.write_down(hosting.Hosted(name, mount.device, watch, inos, mount.bdi_name))
+
+    def _use(self, hosted: HostedMount, segment: int, file: SegmentFile) -> SegmentFile:
+        file.users.append(User(hosted.link, segment))
+        hosted.files.append(file)
+        return file
+
+    def _resume(
+        self, record: hosting.Hosted, options: SessionOptions, connection: socket.socket
+    ) -> HostedMount:
+        """Go on with a mount of the host that had this connection before."""
+        if record.host != self._part.name or len(record.files) != len(options.segments):
+            raise StateError("this is not how the mount's segments were served")
+        hosted = self._host(options, record.watch)
+        hosted.bdi_name = record.bdi_name
+        try:
+            for n, (files, ino) in enumerate(zip(options.segments, record.files, strict=True)):
+                if ino:
+                    self._use(hosted, n, self._file(files, ino))
+        except BaseException:
+            self._forget(hosted, ended=False)
+            raise
+        with suppress(OSError):  # a node that is gone, again
+            connection.send(setup.encode(Ready(os.getpid(), record.device)))
+        self._hosted.add(hosted)
+        self.operations.add(hosted.watch)  # last: it may have been released already
+        return hosted
+
+    def _file(self, files: setup.SegmentFiles, ino: int = 0) -> SegmentFile:
+        """The file of a segment: the one that its pool file had before, or a new one. `ino`: what the kernel knows it by."""
         path = os.fspath(files.data_path)
         table = SegmentTable(map_file(os.fspath(files.table_path))[0])
         if table.chunk_count != files.presence_count:
@@ -224,9 +277,13 @@ class SegmentHost:
             )
         view, identity = map_file(path, table.segment_bytes)
         known = self._by_path.get(path)
-        if known is not None and known.identity == identity and known.table.id == table.id:
+        same = known is not None and known.identity == identity and known.table.id == table.id
+        if known is not None and same and ino in {0, known.ino}:
             return known
-        file = SegmentFile(self.operations.next_ino(), table, view, identity, self._note_spoiled)
+        there = self.operations.get(ino)
+        if isinstance(there, SegmentFile):
+            return there
+        file = SegmentFile(ino or self.operations.next_ino(), table, view, identity, self._note_spoiled)
         self._by_path[path] = file
         self.operations.add(file)
         return file
@@ -255,7 +312,7 @@ class SegmentHost:
                 limiter=self._threads,
             )
 
-    async def _live(self, hosted: _Hosted, connection: socket.socket) -> None:
+    async def _live(self, hosted: HostedMount, connection: socket.socket) -> None:
         """Until the kernel has closed the mount's devices."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_link, hosted, connection)
@@ -263,21 +320,21 @@ class SegmentHost:
             self._forget(hosted)  # before the channel ends: the node takes that as the end of everything
             nursery.cancel_scope.cancel()
 
-    async def _keep_link(self, hosted: _Hosted, connection: socket.socket) -> None:
+    async def _keep_link(self, hosted: HostedMount, connection: socket.socket) -> None:
         await hosted.link.run(connection)
         while hosted.listener is not None:
             found = await relink.accept(hosted.listener, hosted.options, hosted.presences)
             found.setblocking(False)
             await hosted.link.run(found)
 
-    def _forget(self, hosted: _Hosted) -> None:
+    def _forget(self, hosted: HostedMount, *, ended: bool = True) -> None:
         self._hosted.discard(hosted)
         hosted.link.end()
         if hosted.listener is not None:
             trio.lowlevel.notify_closing(hosted.listener)
             hosted.listener.close()
-        if hosted.options.socket_path:
-            Path(hosted.options.socket_path).unlink(missing_ok=True)
+        if ended:
+            hosted.strike_out()
         self.operations.remove(hosted.watch)
         for file in hosted.files:
             file.users = [user for user in file.users if user.link is not hosted.link]
@@ -287,10 +344,10 @@ class SegmentHost:
         for path in unused[: max(0, len(unused) - UNUSED_FILES_KEPT)]:
             self.operations.remove(self._by_path.pop(path))
 
-    def _set_read_ahead(self, hosted: _Hosted, kilobytes: int) -> None:
+    def _set_read_ahead(self, hosted: HostedMount, kilobytes: int) -> None:
         erofs_mount.set_read_ahead(hosted.bdi_name, min(kilobytes, hosting.FILES_READ_AHEAD_COMPLETE_KB))
 
-    def _note_wrong(self, hosted: _Hosted, segment: int, first: int, count: int) -> None:
+    def _note_wrong(self, hosted: HostedMount, segment: int, first: int, count: int) -> None:
         """What the kernel has cached of a segment file; what EROFS made of it, it keeps until it needs the memory."""
         for file in hosted.files:
             offset, size = file.table.segment_offset, file.table.size
@@ -312,26 +369,9 @@ class SegmentHost:
                 )
 
 
-def _attach(options: SessionOptions) -> list[Presence]:
-    """The presence bitmaps of a mount; none and no descriptor is left when one is wrong."""
-    presences: list[Presence] = []
-    try:
-        for files in options.segments:
-            presences.append(Presence.attach(files.presence_fd, files.presence_count))  # noqa: PERF401
-    except BaseException:
-        setup.close_all([files.presence_fd for files in options.segments[len(presences) :]])
-        for presence in presences:
-            presence.close()
-        raise
-    return presences
-
-
-def main() -> None:
-    """Entry point of the process."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    os.set_inheritable(control.fileno(), False)
-    if os.fork():
-        os._exit(0)  # nobody's child: it outlives the node while there are mounts, and ends by itself
+def run(control: socket.socket) -> int:
+    """Be a segment host; returns the exit status."""
+    os.setsid()
     os.chdir("/")
     fs.name_process(PROCESS_NAME)
     logging.basicConfig(
@@ -343,24 +383,20 @@ def main() -> None:
     # a reader killed at the wrong instant leaves our read of the device waiting; a signal ends that (see `fs`)
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, fs.UNSTICK_SECONDS, fs.UNSTICK_SECONDS)
-    status = 1
     try:
-        host = SegmentHost(control)
-        gc.collect()
-        gc.freeze()
-        control.send(setup.encode(Ready(os.getpid(), host.device)))
-        trio.run(host.serve)
-        status = 0
-    except P2pgzError as error:
-        log.error("no segment host: %s", error)
+        control.settimeout(fs.SETUP_SECONDS)
+        host = SegmentHost(control, hosting.decode_host(control.recv(setup.MESSAGE_BYTES)))
+    except Exception as error:
+        if not isinstance(error, P2pgzError):
+            log.exception("the segment host could not start")
+            error = MountUnavailable(f"the segment host failed: {type(error).__name__}: {error}")
         with suppress(OSError):
             control.send(setup.encode_failure(error))
-    except BaseException:  # noqa: ASYNC103,BLE001  # outside of any event loop; the process ends in any case
-        sys.excepthook(*sys.exc_info())
-    finally:
-        # no interpreter shutdown: worker threads may still hang in the kernel
-        os._exit(status)
-
-
-if __name__ == "__main__":
-    main()
+        return 1
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    with suppress(OSError):  # a node that is gone: that ends it, as it has no mounts yet
+        control.send(setup.encode(Ready(os.getpid(), host.device)))
+    trio.run(host.serve)
+    return 0

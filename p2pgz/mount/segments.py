@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import stat
+import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ BLOCK_BYTES: Final = 4096
 # place among them, and fail when there is none for long: the kernel repeats failed read-ahead when a reader needs it
 WAITING_READS_MAX: Final = MAX_TASKS // 4
 PLACE_SECONDS: Final = 5.0
+# A node that takes a mount over has it served again within seconds; one whose mount it cannot take over never does
+EXPECTED_SECONDS: Final = 60.0
 UNUSED_FILES_KEPT: Final = 512  # their cached pages serve the next mount of the same layers
 
 
@@ -190,6 +193,8 @@ class WatchFile:
         self.ino = ino
         self.name = b"w%d" % ino
         self.gone = trio.Event()
+        self.on_gone: Callable[[], object] = lambda: None
+        """called before the kernel hears that its word was taken: a host that is killed after that has done this"""
 
     async def read(self, offset: int, size: int) -> Any:
         """Zeros; nothing points here."""
@@ -198,7 +203,9 @@ class WatchFile:
 
     def released(self) -> None:
         """The mount has ended."""
-        self.gone.set()
+        if not self.gone.is_set():
+            self.on_gone()
+            self.gone.set()
 
 
 class SegmentOperations(pyfuse3.Operations):
@@ -208,12 +215,17 @@ class SegmentOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, *, on_init: Callable[[], None]) -> None:
+    def __init__(self, *, on_init: Callable[[], None], resumes: bool = False) -> None:
+        """`resumes`: the kernel has files open of which this process will be told one after the other."""
         super().__init__()
         self._on_init = on_init
+        self._resumes = resumes
         self._files: dict[int, File] = {}
         self._inos: dict[bytes, int] = {}
-        self._last_ino = pyfuse3.ROOT_INODE
+        # no number of an earlier process on the same connection comes again: neither lives longer than the boot
+        self._last_ino = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._added = trio.Event()
+        self._released_early: set[int] = set()
         self.faults = 0
 
     def next_ino(self) -> int:
@@ -225,6 +237,15 @@ class SegmentOperations(pyfuse3.Operations):
         """From now on the kernel finds it."""
         self._files[file.ino] = file
         self._inos[file.name] = file.ino
+        self._added.set()
+        self._added = trio.Event()
+        if file.ino in self._released_early:
+            self._released_early.discard(file.ino)
+            file.released()
+
+    def get(self, ino: int) -> File | None:
+        """The file of that number."""
+        return self._files.get(ino)
 
     def remove(self, file: File) -> None:
         """Nothing has it open any more."""
@@ -277,6 +298,8 @@ class SegmentOperations(pyfuse3.Operations):
         file = self._files.get(fh)
         if file is not None:
             file.released()
+        elif self._resumes:
+            self._released_early.add(fh)
 
     async def flush(self, fh: int) -> None:
         """Nothing is written."""
@@ -285,6 +308,8 @@ class SegmentOperations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> Any:
         """See the file."""
         file = self._files.get(fh)
+        if file is None and self._resumes:
+            file = await self._expect(fh)
         if file is None:
             raise pyfuse3.FUSEError(errno.EIO)
         try:
@@ -295,6 +320,13 @@ class SegmentOperations(pyfuse3.Operations):
             self.faults += 1
             log.exception("a read of %s failed", file.name)
             raise pyfuse3.FUSEError(errno.EIO) from None
+
+    async def _expect(self, ino: int) -> File | None:
+        """Wait until this process is told of a file that the kernel has open."""
+        with trio.move_on_after(EXPECTED_SECONDS):
+            while ino not in self._files:
+                await self._added.wait()
+        return self._files.get(ino)
 
     async def access(self, ino: int, mode: int, ctx: Any) -> bool:
         """Only our own mounts come here."""

@@ -118,17 +118,7 @@ class Servers:
         served.mode_reason = decision.reason
         if not decision.erofs:
             return None
-        options = SessionOptions(
-            tree_path=served.image.tree_path,
-            segments=segment_files(served.image),
-            source_name=served.image.reference,
-            suid=served.options.suid,
-            dev=served.options.dev,
-            context=served.options.context,
-            read_deadline_seconds=self._read_deadline_seconds,
-            observe=startup.records,
-            hold_id=served.id,
-        )
+        options = self._hosted_options(served, startup)
         try:
             session = await self._erofs.start(
                 served.image, options, self._ensure(served.image), startup.observe
@@ -141,6 +131,19 @@ class Servers:
             return None
         served.mode = EROFS
         return session
+
+    def _hosted_options(self, served: Served, startup: ImageStartUp) -> SessionOptions:
+        return SessionOptions(
+            tree_path=served.image.tree_path,
+            segments=segment_files(served.image),
+            source_name=served.image.reference,
+            suid=served.options.suid,
+            dev=served.options.dev,
+            context=served.options.context,
+            read_deadline_seconds=self._read_deadline_seconds,
+            observe=startup.records,
+            hold_id=served.id,
+        )
 
     async def reattach(self, served: Served, socket_path: Path) -> FsSession:
         """Take over a process of an earlier node; raises MountUnavailable when it cannot go on."""
@@ -155,7 +158,7 @@ class Servers:
             return files
 
         session = await self._host.reattach(socket_path, adopt, self._ensure(served.image))
-        # the segment host keeps its one FUSE descriptor itself: only tree mode names a holder
+        # a segment host has one FUSE descriptor for all its mounts: only in tree mode a mount names a holder
         served.mode = TREE if session.options.holder_path else EROFS
         return session
 
@@ -165,23 +168,38 @@ class Servers:
         while True:
             try:
                 await self._holder.ensure()
-                if served.id not in await self._holder.held():
+                if served.id not in await self._ask_held():
+                    if self._erofs is not None:
+                        self._erofs.forget(served.id)
                     return None
-                await self._holder.kill(served.id)
-                session = await self.start(served, resume=True)
+                session = await self._resume(served)
             except ResendUnavailable as error:
                 log.error("mount.cannot_resume", directory=served.options.directory, reason=str(error))
                 return await self._mount_again(served)
-            except P2pgzError as error:
+            except P2pgzError as error:  # StateError in erofs mode: then it is not held any more
                 log.error("fs.restart_failed", directory=served.options.directory, reason=str(error))
             else:
                 return session
             await trio.sleep(delay)
             delay = min(delay * 2, RETRY_MAX_SECONDS)
 
+    async def _resume(self, served: Served) -> FsSession:
+        """The next process of a mount that is held."""
+        if self._erofs is None or not self._erofs.is_hosted(served.id):
+            await self._holder.kill(served.id)
+            return await self.start(served, resume=True)
+        served.mode = EROFS
+        if not self._resend:
+            raise no_resend()
+        startup = self._begin(served, record=False)
+        options = self._hosted_options(served, startup)
+        return await self._erofs.resume(served.id, options, self._ensure(served.image), startup.observe)
+
     async def replace(self, served: Served, old: FsSession) -> FsSession:
         """A new process for a mount whose process is well. Where the kernel cannot send requests again, the old one is left
         to answer what it has read; it is not where the kernel can: what it waits for could outlast the next node."""
+        if served.mode == EROFS:
+            return await self._replace_host(served, old)
         drained = False
         if not (self._resend and can_resend()):
             with trio.move_on_after(DRAIN_SECONDS):
@@ -193,19 +211,32 @@ class Servers:
         log.info("fs.replaced", directory=served.options.directory, pid=session.pid)
         return session
 
+    async def _replace_host(self, served: Served, old: FsSession) -> FsSession:
+        """The same for a mount in erofs mode; the first one of a host ends it for all of them."""
+        if self._erofs is None or not self._erofs.is_hosted(served.id):
+            raise MountUnavailable("an older version serves this mount, and cannot be replaced")
+        if not (self._resend and can_resend()):
+            raise no_resend()
+        await self._erofs.retire(served.id, old.pid)
+        session = await self._resume(served)
+        log.info("fs.replaced", directory=served.options.directory, pid=session.pid)
+        return session
+
     async def _mount_again(self, served: Served) -> FsSession | None:
         """End the mount, so that its readers get an error and not silence, and put a new one in its place."""
         try:
-            await self._holder.abort(served.id)
-            return await self.mount_here(served)
+            record = self._erofs.client.record_of(served.id) if self._erofs is not None else None
+            await self._holder.abort(record.host if record is not None else served.id)
+            return await self.mount_here(served, replaces=True)
         except P2pgzError as error:
             log.error("mount.lost", directory=served.options.directory, reason=str(error))
             return None
 
-    async def mount_here(self, served: Served) -> FsSession:
-        """Mount in the node's own mount namespace, in place of what a dead mount left there."""
+    async def mount_here(self, served: Served, *, replaces: bool) -> FsSession:
+        """Mount in the node's own mount namespace, in place of what a dead mount left there. `replaces`: one of this node's
+        was there and is lost."""
         directory = served.options.directory
-        await trio.to_thread.run_sync(_prepare_mount_point, directory, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(_prepare_mount_point, directory, replaces, abandon_on_cancel=True)
         session = await self.start(served)
         if session.mount_fd >= 0:
             descriptor = session.take_mount_fd()
@@ -247,12 +278,16 @@ class Servers:
     async def held(self) -> set[str]:
         """Ids of the mounts that the holder keeps; empty when it does not answer."""
         with suppress(MountUnavailable):
-            return set(await self._holder.held())
+            return await self._ask_held()
         return set()
 
+    async def _ask_held(self) -> set[str]:
+        held = set(await self._holder.held())
+        return held if self._erofs is None else held | self._erofs.hosted(held)
 
-def _prepare_mount_point(directory: str) -> None:
-    clear_dead_mount(directory)
+
+def _prepare_mount_point(directory: str, replaces: bool) -> None:
+    clear_dead_mount(directory, dead_erofs=replaces)
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:

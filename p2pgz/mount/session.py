@@ -283,7 +283,7 @@ class FsHost:
     def __init__(self, nursery: trio.Nursery, run_path: Path | None) -> None:
         self._nursery = nursery
         self._run_path = run_path
-        self._spawner = Spawner(nursery, self._note_exit)
+        self.spawner = Spawner(nursery, self._note_exit)
         self._by_pid: dict[int, FsSession] = {}
         self.roster = Roster()
         self._starts = 0  # sessions that do not know their pid yet
@@ -296,11 +296,11 @@ class FsHost:
         """A host that keeps the sockets for a later node in `run_path`. Its zygote starts at once."""
         async with trio.open_nursery() as nursery:
             host = cls(nursery, run_path)
-            nursery.start_soon(host._spawner.prepare)
+            nursery.start_soon(host.spawner.prepare)
             try:
                 yield host
             finally:
-                host._spawner.stop()
+                host.spawner.stop()
                 nursery.cancel_scope.cancel()
 
     async def start_session(
@@ -325,7 +325,7 @@ class FsHost:
         self._starts += 1
         try:
             with theirs:
-                await self._spawner.fork(theirs)
+                await self.spawner.fork(theirs)
             try:
                 with trio.fail_after(START_SECONDS):
                     ready, mount_fd = await self._set_up(ours, options)

@@ -1,6 +1,7 @@
-"""The node's side of the zygote: starts it, has it fork, hears which of its children ended. Used by `session` only.
+"""The node's side of the zygote: starts it, has it fork, hears which of its children ended.
 
-A zygote that ends is replaced at the next fork; the file systems it forked go on without it.
+Used by `session` and `segment_process`. A zygote that ends is replaced at the next fork; the file systems it forked go on
+without it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from p2pgz.errors import MountUnavailable
 
 FORK: Final = b"f"
 """node → zygote, with the descriptor of the new child's channel"""
+FORK_SEGMENT_HOST: Final = b"h"
+"""the same, for the control socket of a segment host"""
 EXIT: Final = struct.Struct("=ii")
 """zygote → node: pid and wait status of a child that ended"""
 REAP_SECONDS: Final = 2.0  # it ends as soon as its socket is closed
@@ -40,14 +43,14 @@ class Spawner:
             if self._control is None:
                 await self._start()
 
-    async def fork(self, channel: socket.socket) -> None:
-        """Start an `fs` process that has this socket as its channel."""
+    async def fork(self, channel: socket.socket, what: bytes = FORK) -> None:
+        """Start an `fs` process, or a segment host, that has this socket as its channel."""
         async with self._starting:
             for _ in range(_ATTEMPTS):
                 control = self._control or await self._start()
                 try:
                     flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-                    socket.send_fds(control, [FORK], [channel.fileno()], flags)
+                    socket.send_fds(control, [what], [channel.fileno()], flags)
                 except OSError:
                     self.stop()
                 else:

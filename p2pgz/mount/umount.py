@@ -167,14 +167,14 @@ def _unmount(target: str, *, lazy: bool) -> None:
         raise OSError(errno.EBUSY if "busy" in said else errno.EPERM, said or "fusermount3 failed")
 
 
-def clear_dead_mount(directory: str | Path) -> bool:
+def clear_dead_mount(directory: str | Path, *, dead_erofs: bool = False) -> bool:
     """Detach a mount of ours that nobody serves any more; whether there was one. A mount that waits for a process is not
-    dead: it is left alone."""
+    dead: it is left alone. `dead_erofs`: the caller knows that one in erofs mode is, which it does not show."""
     target = resolve_parent(directory)
     there = top_mount(directory)
-    if there is None or there.fs_type != FS_TYPE:
+    if there is None or not is_ours(there):
         return False
-    if not _is_dead(target):
+    if not (dead_erofs if there.fs_type == EROFS_TYPE else _is_dead(target)):
         return False
     try:
         _unmount(target, lazy=True)

@@ -1,4 +1,4 @@
-"""The process that `fs` processes are forked from: everything imported once, shared copy-on-write by all of them.
+"""The process that `fs` processes and segment hosts are forked from: everything imported once, shared copy-on-write.
 
 Started by `session.FsHost` as `python -P -m p2pgz.mount.zygote FD`. A mount then costs a fork (milliseconds, its own pages
 only) in place of an interpreter start. Runs no event loop and no thread, for both would not survive the fork. Ends when the
@@ -16,13 +16,18 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NoReturn
 
-from p2pgz.mount import fs, relink
-from p2pgz.mount.spawner import EXIT, FORK
+from p2pgz.mount import fs, relink, segment_host
+from p2pgz.mount.spawner import EXIT, FORK, FORK_SEGMENT_HOST
 
 PROCESS_NAME: Final = b"p2pgz-fs-zygote"
+_KINDS: Final[dict[bytes, Callable[[socket.socket], int]]] = {
+    FORK: fs.run,
+    FORK_SEGMENT_HOST: segment_host.run,
+}
 
 
 def serve(control: socket.socket) -> None:
@@ -44,7 +49,8 @@ def serve(control: socket.socket) -> None:
         fds = relink.descriptors(ancillary)
         if not message:
             return
-        if message != FORK or len(fds) != 1:
+        become = _KINDS.get(message)
+        if become is None or len(fds) != 1:
             for fd in fds:
                 os.close(fd)
             continue
@@ -56,7 +62,7 @@ def serve(control: socket.socket) -> None:
             os.close(fds[0])
             continue
         if not pid:
-            _become_fs(control, wake_read, wake_write, fds[0])
+            _become(become, control, wake_read, wake_write, fds[0])
         os.close(fds[0])
 
 
@@ -74,7 +80,13 @@ def _reap(control: socket.socket) -> None:
             control.send(EXIT.pack(pid, status), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
-def _become_fs(control: socket.socket, wake_read: int, wake_write: int, channel_fd: int) -> NoReturn:
+def _become(
+    run: Callable[[socket.socket], int],
+    control: socket.socket,
+    wake_read: int,
+    wake_write: int,
+    channel_fd: int,
+) -> NoReturn:
     status = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -82,7 +94,7 @@ def _become_fs(control: socket.socket, wake_read: int, wake_write: int, channel_
         control.close()
         os.close(wake_read)
         os.close(wake_write)
-        status = fs.run(socket.socket(fileno=channel_fd))
+        status = run(socket.socket(fileno=channel_fd))
     # outside of any event loop; whatever it is: this copy must never return into the zygote's
     except BaseException:  # noqa: ASYNC103,BLE001
         sys.excepthook(*sys.exc_info())

@@ -91,8 +91,8 @@ async def open_node(
         if peering is not None:
             plain = share_plain_layers(config.peers, peering, pool, fetcher, state_path, nursery)
         opener = ImageOpener(pool, fetcher, state_path, peers, shares=shares, plain=plain)
-        segments = await stack.enter_async_context(SegmentClient.open(run_path))
-        erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id())
+        segments = await stack.enter_async_context(SegmentClient.open(run_path, holder, host.spawner))
+        erofs = ErofsMode(segments, pool, run_path, state_path / TREES, boot_id(), resend=config.mount.resend)
         startups = StartUps(fetcher, pool, lists)
         servers = Servers(
             host,

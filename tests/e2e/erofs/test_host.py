@@ -19,6 +19,7 @@ import trio
 
 from p2pgz.errors import MountUnavailable, P2pgzError, StateError
 from p2pgz.mount.attach import move_mount
+from p2pgz.mount.held import HolderClient
 from p2pgz.mount.hosting import ErofsPart
 from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.session import FsHost, FsSession, SessionOptions
@@ -270,6 +271,112 @@ async def test_killed_host_fails_its_waiting_reader(image: ImageOnDisk, tmp_path
         os.kill(host.client.pid, signal.SIGKILL)
         with trio.fail_after(5):
             assert await reader.wait() != 0
+
+
+@asynccontextmanager
+async def held_hosting(folder: Path) -> AsyncIterator[tuple[Host, HolderClient]]:
+    """With a holder, as a node has it."""
+    run_path = folder / "run"
+    run_path.mkdir()
+    async with HolderClient.open(run_path) as holder, SegmentClient.open(run_path, holder) as client:
+        try:
+            yield Host(client, folder), holder
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
+                for mount in find_mounts():
+                    if mount.directory.startswith(f"{folder}/"):
+                        await call(lambda mount=mount: unmount(mount.directory, lazy=True))
+
+
+async def resumed(host: Host, image: ImageOnDisk, mount_id: str, supplier: Supplier) -> FsSession:
+    record = host.client.record_of(mount_id)
+    assert record is not None
+    return await host.client.resume_session(record, image.options(hold_id=mount_id), supplier.ensure)
+
+
+async def test_readers_of_a_killed_host_get_the_right_bytes_from_its_heir(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
+    """Two mounts of the same segment; the second is named to the heir while the kernel waits for its files already."""
+    supplier = Supplier(image)
+    supplier.hold()
+    async with held_hosting(tmp_path) as (host, holder):
+        sessions = [await host.mount(image, f"m{n}", supplier, hold_id=f"0{n}") for n in range(2)]
+        readers = [
+            await trio.lowlevel.open_process(["cat", str(tmp_path / f"m{n}" / name)], stdout=subprocess.PIPE)
+            for n, name in enumerate(("small", "large"))
+        ]
+        await supplier.asked.wait()
+        old = host.client.pid
+        for kill in range(2):  # the heir of the heir, too
+            os.kill(host.client.pid, signal.SIGKILL)
+            for session in sessions:
+                await ended(session)
+                assert session.exit_status == signal.SIGKILL
+            sessions = [await resumed(host, image, f"0{n}", supplier) for n in range(2)]
+            assert len(await holder.held()) == 1, kill
+        assert {session.pid for session in sessions} == {host.client.pid}
+        assert host.client.pid != old
+        supplier.open.set()
+        for reader, content in zip(readers, (SMALL, LARGE), strict=True):
+            with trio.fail_after(10):
+                assert reader.stdout is not None
+                assert b"".join([piece async for piece in reader.stdout]) == content
+                assert await reader.wait() == 0
+        heir = host.client.pid
+        other = make_image(tmp_path / "other")
+        new = await host.mount(other, "new", hold_id="02")
+        assert new.pid != heir
+        assert await call((tmp_path / "new" / "other").read_bytes) == OTHER
+        for n, session in enumerate(sessions):
+            await call(unmount, tmp_path / f"m{n}")
+            await ended(session)
+            assert session.exit_status == 0
+        assert set(host.client.records()) == {"02"}
+        await until_dead(heir)
+
+
+async def test_mount_that_is_unmounted_while_nobody_serves_it_has_ended_for_the_heir(
+    image: ImageOnDisk, tmp_path: Path
+) -> None:
+    async with held_hosting(tmp_path) as (host, holder):
+        first, second = [await host.mount(image, f"m{n}", hold_id=f"0{n}") for n in range(2)]
+        os.kill(host.client.pid, signal.SIGKILL)
+        await ended(first)
+        await ended(second)
+        await call(unmount, tmp_path / "m0")
+        second = await resumed(host, image, "01", Supplier(image))
+        assert await call((tmp_path / "m1" / "small").read_bytes) == SMALL
+        first = await resumed(host, image, "00", Supplier(image))
+        await ended(first)
+        assert first.exit_status == 0
+        assert set(host.client.records()) == {"01"}
+        # and one whose end is that of the connection: then there is nothing that could be taken over
+        os.kill(host.client.pid, signal.SIGKILL)
+        await ended(second)
+        await call(unmount, tmp_path / "m1")
+        with trio.fail_after(5):
+            while await holder.held():
+                await trio.sleep(0.02)
+        with pytest.raises(MountUnavailable):
+            await resumed(host, image, "01", Supplier(image))
+
+
+async def test_what_is_written_down_of_another_mount_is_refused(image: ImageOnDisk, tmp_path: Path) -> None:
+    async with held_hosting(tmp_path) as (host, _):
+        session = await host.mount(image, "m0", hold_id="00")
+        record = host.client.record_of("00")
+        assert record is not None
+        os.kill(host.client.pid, signal.SIGKILL)
+        await ended(session)
+        options = image.options(hold_id="00", segments=[image.segment_files()] * 2)
+        with pytest.raises(StateError, match="not how"):
+            await host.client.resume_session(record, options, Supplier(image).ensure)
+        (tmp_path / "run" / "hosted-01.json").write_bytes(b"{")
+        assert set(host.client.records()) == {"00"}
+        assert host.client.record_of("01") is None
+        await resumed(host, image, "00", Supplier(image))
+        assert await call((tmp_path / "m0" / "small").read_bytes) == SMALL
 
 
 async def test_reader_of_a_shared_segment_goes_on_when_the_other_image_is_unmounted(

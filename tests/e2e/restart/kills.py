@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -151,7 +151,7 @@ class Campaign:
         """Attach another mount, evict, or upgrade, and be somewhere in the middle of it."""
         if what == "attach":
             self.other.mkdir(exist_ok=True)
-            command = self.start("mount", "--mode", "tree", "--no-fill", self.reference, self.other)
+            command = self.start("mount", "--no-fill", self.reference, self.other)
             time.sleep(self.rng.uniform(0.1, 0.8))
         elif what == "eviction":
             command = self.start("pool", "gc", "--all")
@@ -190,8 +190,17 @@ def send(pids: Iterable[int], number: int) -> None:
                 os.kill(pid, number)
 
 
-def run(count: int, seed: int, *, stop_fs: bool, files: int, slack: float = 1.0) -> dict[str, object]:
-    """The campaign; the figures and faults. `slack`: what the longest waits allowed are multiplied by."""
+def run(
+    count: int,
+    seed: int,
+    *,
+    stop_fs: bool,
+    files: int,
+    slack: float = 1.0,
+    modes: Sequence[str] = ("erofs", "tree"),
+) -> dict[str, object]:
+    """The campaign; the figures and faults. `slack`: what the longest waits allowed are multiplied by. The image is mounted
+    once in each of the modes, and what is killed is killed for all."""
     rng = random.Random(seed)
     weights = {name: weight for name, (weight, _) in STEPS.items()} | ({"fs stopped": 1} if stop_fs else {})
     done: dict[str, int] = {}
@@ -202,12 +211,13 @@ def run(count: int, seed: int, *, stop_fs: bool, files: int, slack: float = 1.0)
         reference, hashes = push_image(folder / "plain", registry.address, seed, files)
         quota = int(POOL_SHARE * sum(map(file_bytes, range(files))))
         node = LazyNode(folder / "state", environment={"P2PGZ_POOL__QUOTA_BYTES": str(quota)})
-        root = folder / "root"
-        root.mkdir()
+        roots = [folder / mode for mode in modes]
         try:
             node.start()
-            node.call("mount", "--mode", "tree", "--no-fill", reference, root)
-            with Readers(root, hashes, seed, READERS) as readers:
+            for mode, root in zip(modes, roots, strict=True):
+                root.mkdir()
+                node.call("mount", "--mode", mode, "--no-fill", reference, root)
+            with Readers(roots[0], hashes, seed, READERS, *roots[1:]) as readers:
                 campaign = Campaign(node, reference, readers, rng)
                 for number in range(count):
                     name = rng.choices(list(weights), list(weights.values()))[0]
@@ -232,6 +242,7 @@ def run(count: int, seed: int, *, stop_fs: bool, files: int, slack: float = 1.0)
             node.close()
     return {
         "campaign": "kills",
+        "modes": list(modes),
         "seed": seed,
         "kills": sum(done.values()),
         "blows": campaign.strikes,
@@ -250,8 +261,10 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
     parser.add_argument("--files", type=int, default=192)
+    parser.add_argument("--mode", choices=("erofs", "tree"), action="append", help="default: both at once")
     arguments = parser.parse_args()
-    figures = run(arguments.count, arguments.seed, stop_fs=True, files=arguments.files)
+    modes = arguments.mode or ("erofs", "tree")
+    figures = run(arguments.count, arguments.seed, stop_fs=True, files=arguments.files, modes=modes)
     print(json.dumps(figures))
     return bool(figures["faults"])
 

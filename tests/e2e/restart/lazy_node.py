@@ -157,6 +157,11 @@ class LazyNode:
         except OSError:
             return []
 
+    def fs_pid(self) -> int:
+        """The one `fs` process, or segment host, once it is there: 0 would be this process's own group."""
+        wait_until(lambda: len(pids := self.fs_pids()) == 1 and pids[0])
+        return self.fs_pids()[0]
+
     def close(self) -> None:
         """Unmount everything below the state directory's parent, and end what is left."""
         for mount in find_mounts():
@@ -195,8 +200,10 @@ class Readers:
     """Threads that hash files through the mount again and again, caches dropped; they note wrong bytes, errors and the
     longest wait. A file that nobody has read comes first, so that missing chunks are always among what is read."""
 
-    def __init__(self, root: Path, hashes: dict[str, str], seed: int, count: int = 3) -> None:
-        self.root, self.hashes = root, hashes
+    def __init__(self, root: Path, hashes: dict[str, str], seed: int, count: int = 3, *more: Path) -> None:
+        """`more` are other mounts of the same image; each reader has one of them all."""
+        self.hashes = hashes
+        roots = [root, *more]
         self.faults: list[str] = []
         self.longest_seconds = 0.0
         self._fresh = list(hashes)
@@ -206,7 +213,9 @@ class Readers:
         self.files = [0] * count
         """how many each reader has read"""
         self._threads = [
-            threading.Thread(target=self._read, args=(n, random.Random(seed + n)), daemon=True)
+            threading.Thread(
+                target=self._read, args=(n, roots[n % len(roots)], random.Random(seed + n)), daemon=True
+            )
             for n in range(count)
         ]
 
@@ -237,7 +246,7 @@ class Readers:
         """The reads that have begun and not ended: number of the reader, number of the read."""
         return {(n, number) for n, number in enumerate(self._under_way) if number > 0}
 
-    def _read(self, reader: int, rng: random.Random) -> None:
+    def _read(self, reader: int, root: Path, rng: random.Random) -> None:
         number = 0
         while not self._stop.is_set():
             name = (
@@ -248,7 +257,7 @@ class Readers:
             try:
                 digest = hashlib.sha256()
                 begin = time.monotonic()
-                fd = os.open(self.root / name, os.O_RDONLY)
+                fd = os.open(root / name, os.O_RDONLY)
                 try:
                     os.posix_fadvise(
                         fd, 0, 0, os.POSIX_FADV_DONTNEED

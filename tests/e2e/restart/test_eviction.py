@@ -135,7 +135,8 @@ def test_segment_that_the_kernel_reads_by_itself_is_replaced_when_unused_and_nev
     before, blocks = segment.stat().st_ino, segment.stat().st_blocks
     assert collect(node)["evicted_bytes"] == 0
     assert (segment.stat().st_ino, segment.stat().st_blocks) == (before, blocks)
-    [host] = {mount["pid"] for mount in ask_status(node)["mounts"]}
+    host = node.fs_pid()
+    os.kill(node.holder_pid(), signal.SIGKILL)
     os.kill(host, signal.SIGKILL)  # the mount stays: nobody has to be asked for any of its bytes
     until(lambda: node.mount_of(root)["state"] == "lost")
     assert collect(node)["evicted_bytes"] > FILES * 500_000
