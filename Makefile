@@ -100,8 +100,11 @@ wheel-test:
 	@.ci/wheel-test $(ARGS)
 
 # The generated parts of docs/reference: options, keys, requests. tests/docs fails when they are out of date.
+# Then all pages as a book in dist/docs.
 docs: setup
 	.venv/bin/python .ci/reference.py
+	.venv/bin/sphinx-build -q -n -W --keep-going -d dist/doctrees docs dist/docs
+	@echo 'dist/docs/index.html'
 
 # dist/packages/*.deb and *.rpm, for hosts with this machine's release or a later one; needs Go, for nfpm
 packages: setup

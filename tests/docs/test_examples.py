@@ -1,6 +1,7 @@
 """The commands in README and how-tos work: each page's blocks marked `sh run` are one script, run as they stand.
 
-Where a page says `localhost:5000`, a registry of ours answers; `/srv` and `/mnt` are folders of the test's.
+Where a page says `localhost:5000`, a registry of ours answers; `/srv` and `/mnt` are folders of the test's, and ports from
+24801 on are free ones.
 `oci:layout:plain` is a small image, `localhost:5000/team/app:lazy` the same one, converted.
 """
 
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -109,7 +111,8 @@ def folder(layout: Path) -> Iterator[Path]:
     yield place
     for point in reversed(mount_points(place)):  # only where a page stopped half way
         subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
-    end_node(place / "state" / "lock")
+    for lock in place.glob("*/lock"):
+        end_node(lock)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -130,14 +133,27 @@ def end_node(lock: Path) -> None:
             time.sleep(0.02)
 
 
+@pytest.fixture
+def free_ports() -> list[int]:
+    """Ports that nobody listens at now; by the same number a page means the same one."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(10)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
 @pytest.mark.root
 @pytest.mark.tools("busybox", "unshare", "curl")
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_the_commands_of_a_page_work(page: Path, folder: Path, registry: RegistryThread) -> None:
+def test_the_commands_of_a_page_work(
+    page: Path, folder: Path, registry: RegistryThread, free_ports: list[int]
+) -> None:
     blocks = [block for _, block in BLOCK.findall(page.read_text("utf-8"))]
     script = "\n".join(blocks).replace("localhost:5000", registry.address)
     script = re.sub(r"(?<![\w./])/(srv|mnt)\b", rf"{folder}/\1", script)
     script = script.replace("/run/p2pgz/", f"{folder}/state/")
+    script = re.sub(r"\b2480\d\b", lambda port: str(free_ports[int(port[0]) - 24800]), script)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
