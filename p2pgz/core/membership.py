@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Mapping
 from random import Random
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -33,10 +33,12 @@ from p2pgz.core.crowdmsg import (
     Ranges,
 )
 from p2pgz.core.leaseactions import Send
+from p2pgz.core.memberlinks import NEW_BURST, NEW_PER_SECOND, Link, LinkState, Unlink
 from p2pgz.core.membertable import ENTRY_SECONDS, Gone, MemberTable, Verify
 from p2pgz.errors import PeerFault
 
 TICK_SECONDS: Final = 0.1  # also how long news are collected
+QUIET_TICK_SECONDS: Final = 0.5
 HEARTBEAT_SECONDS: Final = 2.0
 SILENT_SECONDS: Final = 6.0
 # A loop that was late by this much has not heard what was there to be heard
@@ -51,33 +53,7 @@ ANSWER_SECONDS: Final = 5.0  # between answers to comparisons of one link: they 
 PROBE_SECONDS: Final = 30.0
 RENEW_SECONDS: Final = ENTRY_SECONDS / 3
 REFUTE_SECONDS: Final = 2.0
-# Unknown members from one link: a sync of a large cluster at once, then what joins in a cluster of 10 000
-NEW_BURST: Final = 4096
-NEW_PER_SECOND: Final = 100.0
-
-
-class Link(NamedTuple):
-    """Connect to this member, and say `linked`, or `unreachable`."""
-
-    member: Member
-
-
-class Unlink(NamedTuple):
-    """This connection is not needed for membership any more."""
-
-    peer: bytes
-
-
 Action = Send | Link | Unlink
-
-
-class _Link:
-    __slots__ = ("answered_at", "heard_at", "new", "new_at", "sent_at")
-
-    def __init__(self, now: float) -> None:
-        self.heard_at = self.new_at = now
-        self.answered_at = self.sent_at = 0.0
-        self.new = float(NEW_BURST)
 
 
 class Membership:
@@ -100,7 +76,7 @@ class Membership:
         self._sign = sign
         self._verify = verify
         self._rng = rng
-        self._links: dict[bytes, _Link] = {}
+        self._links: dict[bytes, LinkState] = {}
         self._partners: set[bytes] = set()
         self._news: dict[bytes, tuple[Member, set[bytes]]] = {}
         self._down_news: dict[tuple[bytes, bytes], tuple[Down, set[bytes]]] = {}
@@ -127,6 +103,11 @@ class Membership:
     def links(self) -> Collection[bytes]:
         """Whom news go to."""
         return self._links.keys()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the next `tick` has something to send on."""
+        return bool(self._news or self._down_news)
 
     @property
     def partners(self) -> Collection[bytes]:
@@ -188,6 +169,9 @@ class Membership:
 
         A Gossip takes up to 10 ms (signatures); the caller lets others run between two.
         """
+        if isinstance(frame, Heartbeat) and not frame.members:
+            self._released(peer)
+            return self._actions()
         link = self._links.get(peer)
         if link is None and len(self._links) < LINKS_MAX:
             link = self._link(peer, now)
@@ -217,7 +201,7 @@ class Membership:
         return self._actions()
 
     def tick(self, now: float) -> list[Action]:
-        """To be called every TICK_SECONDS."""
+        """To be called every TICK_SECONDS while it `has_news`, else every QUIET_TICK_SECONDS."""
         late = now - self._ticked_at
         self._ticked_at = now
         if late > LAG_SECONDS:
@@ -239,7 +223,7 @@ class Membership:
                 self._send(peer, Heartbeat(self.table.view, len(self.table)))
         if now >= self._partners_at:
             self._partners_at = now + PARTNERS_SECONDS
-            self._choose_partners()
+            self._choose_partners(now)
         if now >= self._compare_at and self._links:
             self._compare_at = now + COMPARE_SECONDS
             self.table.expire(now)
@@ -252,7 +236,9 @@ class Membership:
 
     # --- entries
 
-    def _heard_of(self, member: Member, peer: bytes, link: _Link, now: float, *, quiet: bool) -> Gone | None:
+    def _heard_of(
+        self, member: Member, peer: bytes, link: LinkState, now: float, *, quiet: bool
+    ) -> Gone | None:
         """Take an entry; returns what is known of it when it is of one that has gone."""
         if member.peer == self.own.peer:
             if member.stamp_ms > self.own.stamp_ms:  # of an earlier life, by another clock
@@ -285,7 +271,7 @@ class Membership:
             part = slice(at, at + ENTRIES_MAX)
             self._send(peer, Gossip(False, tuple(left[part]), tuple(downs[part])))
 
-    def _affords(self, member: Member, link: _Link, now: float) -> bool:
+    def _affords(self, member: Member, link: LinkState, now: float) -> bool:
         """Whether this link may tell of one more member that was unknown."""
         if member.peer in self.table.members:
             return True
@@ -344,10 +330,10 @@ class Membership:
 
     # --- links
 
-    def _link(self, peer: bytes, now: float) -> _Link:
-        return self._links.setdefault(peer, _Link(now))
+    def _link(self, peer: bytes, now: float) -> LinkState:
+        return self._links.setdefault(peer, LinkState(now))
 
-    def _choose_partners(self) -> None:
+    def _choose_partners(self, now: float) -> None:
         members = self.table.members
         own = self.own.peer
         above = heapq.nsmallest(PARTNERS_NEAR, (peer for peer in members if peer > own))
@@ -361,9 +347,21 @@ class Membership:
         self._partners = chosen
         self._sent += [Link(members[peer]) for peer in sorted(chosen) if peer not in self._links]
         spare = [peer for peer in self._links if peer not in chosen]
-        for peer in spare[: max(0, len(self._links) - LINKS_MAX)]:
+        excess = len(self._links) - LINKS_MAX
+        joined = chosen <= self._links.keys()  # then the others are not needed, if the other end agrees
+        for at, peer in enumerate(spare):
+            if at >= excess and not (joined and now - self._links[peer].since >= PARTNERS_SECONDS):
+                continue
             del self._links[peer]
             self._sent.append(Unlink(peer))
+            self._send(peer, Heartbeat(self.table.view, 0))
+
+    def _released(self, peer: bytes) -> None:
+        """It has no need of this link. If we have chosen it, it hears of us, and has the link again."""
+        if peer in self._partners:
+            self._send(peer, Heartbeat(self.table.view, len(self.table)))
+        else:
+            self._links.pop(peer, None)
 
     def _probe(self) -> None:
         """Somebody found dead may be on the other side of a partition that is over."""

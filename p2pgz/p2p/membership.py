@@ -18,7 +18,8 @@ import trio
 
 from p2pgz.core.crowdmsg import CrowdFrame, Member, MemberFlag, MemberFrame
 from p2pgz.core.leaseactions import Send
-from p2pgz.core.membership import TICK_SECONDS, Action, Link, Membership
+from p2pgz.core.memberlinks import Link
+from p2pgz.core.membership import QUIET_TICK_SECONDS, TICK_SECONDS, Action, Membership
 from p2pgz.core.messages import Feature
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
@@ -34,6 +35,8 @@ log = structlog.get_logger(component="members")
 REDIAL_SECONDS: Final = 5.0
 # Partners are six; the rest is for those that a burst of deaths makes necessary
 DIALS_AT_ONCE: Final = 16
+# Who is cut off cannot reach anybody, and chooses others each time: it need not try them all
+DIALS_PER_SECOND: Final = 2.0
 NO_CLUSTER: Final[dict[str, Any]] = {
     "zone": "",
     "members": 0,
@@ -66,7 +69,9 @@ class Members:
         self._begun_at = wall_seconds - trio.current_time()
         self._linking: set[bytes] = set()
         self._dialled: dict[bytes, float] = {}
+        self._dials, self._dials_at = float(DIALS_AT_ONCE), trio.current_time()
         self._nursery: trio.Nursery | None = None
+        self._news = trio.lowlevel.ParkingLot()
         own = Member(
             identity.peer_id.raw,
             0,
@@ -99,6 +104,9 @@ class Members:
             task_status.started()
             try:
                 while True:
+                    if not self.machine.has_news:
+                        with trio.move_on_after(QUIET_TICK_SECONDS - TICK_SECONDS):
+                            await self._news.park()
                     await trio.sleep(TICK_SECONDS)
                     with _guarded():
                         self._tick()
@@ -173,20 +181,31 @@ class Members:
         self._do(machine.tick(self.now()))
 
     def _do(self, actions: Sequence[Action]) -> None:
+        if self.machine.has_news:
+            self._news.unpark_all()
         for action in actions:
             match action:
                 case Send(peer, frame):
                     connection = self._connection(peer)
                     if connection is not None:
                         connection.say_crowd(frame)
-                case Link(member) if member.peer not in self._linking and len(self._linking) < DIALS_AT_ONCE:
-                    if self._nursery is not None:
-                        self._linking.add(member.peer)
-                        self._nursery.start_soon(self._link, member)
+                case Link(member) if self._nursery is not None and self._may_link(member.peer):
+                    self._linking.add(member.peer)
+                    self._nursery.start_soon(self._link, member)
                 case _:  # what is not needed any more ends when it has been idle for long enough
                     pass
 
     # --- dials
+
+    def _may_link(self, peer: bytes) -> bool:
+        """Whether to dial now. Otherwise the partners are chosen again half a minute later."""
+        now = trio.current_time()
+        self._dials = min(float(DIALS_AT_ONCE), self._dials + (now - self._dials_at) * DIALS_PER_SECOND)
+        self._dials_at = now
+        if peer in self._linking or len(self._linking) >= DIALS_AT_ONCE or self._dials < 1:
+            return False
+        self._dials -= 1
+        return True
 
     async def _link(self, member: Member) -> None:
         with _guarded():
@@ -197,7 +216,7 @@ class Members:
             if reached:
                 self._linked(member.peer)
             elif reached is not None:
-                log.info("member.unreachable", peer=str(PeerId(member.peer)), address=member.address)
+                log.debug("member.unreachable", peer=str(PeerId(member.peer)), address=member.address)
                 self._do(self.machine.unreachable(member.peer, self.now()))
 
     async def _reach(self, member: Member) -> bool | None:

@@ -13,7 +13,8 @@ from typing import Final
 from p2pgz.core.crowdmsg import CrowdFrame, Member
 from p2pgz.core.homes import Electorate
 from p2pgz.core.leaseactions import Send
-from p2pgz.core.membership import TICK_SECONDS, Action, Link, Membership, Unlink
+from p2pgz.core.memberlinks import Link, Unlink
+from p2pgz.core.membership import TICK_SECONDS, Action, Membership
 from p2pgz.testing.sim_node import SimNode, World
 
 # How often a node looks whether its homes have changed

@@ -1,6 +1,8 @@
-"""What a node costs that has nothing to do: 10 mounts, 40 peers that have the same images and follow what it has.
+"""What a node costs that has nothing to do: 10 mounts, 40 peers that have the same images and follow what it has, all in a
+cluster of 1000 members of which 1 % sign anew each minute.
 
-    .venv/bin/python -m tests.perf.idle_node [--seconds 60] [--mounts 10] [--peers 40] [--layers 5] [--files 200]
+    .venv/bin/python -m tests.perf.idle_node [--seconds 60] [--mounts 10] [--peers 40] [--members 1000] [--layers 5]
+        [--files 200]
 
 Prints one JSON document: the node's resident memory as each part comes, in MB: its own, pages of libraries, and pages of
 pool, trees and index, which the kernel keeps as long as it likes and which do not count; and the share of a core that it
@@ -18,28 +20,26 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from p2pgz.core.admission import Admission
 from p2pgz.core.digest import Digest
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.p2p.exchange import Exchange
-from p2pgz.p2p.handshake import Credentials
-from p2pgz.p2p.identity import Identity
-from p2pgz.p2p.plane import open_plane
-from p2pgz.p2p.uploads import Uploads
-from p2pgz.testing.told_offers import ToldOffers
 from tests.e2e.cli.fake_registry_thread import RegistryThread
 from tests.e2e.cli.images import push_converted
 from tests.e2e.cli.running import P2pgz
 from tests.e2e.peers.swarm import SwarmNode
 from tests.e2e.restart.lazy_node import state_folder
+from tests.perf.many_members import open_cluster
 
 SETTLE_SECONDS = 5.0
+MEMBERS_SECONDS = 95.0  # links that nobody needs are given up when partners are chosen the third time
+CHOSEN_BY = 6  # members that have the node among their own six partners, on average
+CHURN_PER_MINUTE = 0.01
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -101,20 +101,27 @@ def swarms_of(registry: RegistryThread) -> dict[bytes, int]:
 
 
 @asynccontextmanager
-async def peers(count: int, address: PeerAddress, swarms: dict[bytes, int]) -> AsyncIterator[list[Exchange]]:
-    """Exchanges that are connected to the node, and follow what it has."""
-    async with AsyncExitStack() as stack:
+async def peers(
+    count: int, address: PeerAddress, swarms: dict[bytes, int], members: int
+) -> AsyncIterator[list[Exchange]]:
+    """Members of a cluster of `members` that are connected to the node, and follow what it has."""
+    async with open_cluster(members, swarms) as cluster, trio.open_nursery() as nursery:
         found = []
-        for _ in range(count):
-            credentials = Credentials.make(Identity.new(), Admission())
-            plane = await stack.enter_async_context(
-                open_plane(credentials, ToldOffers(swarms), Uploads(), host="127.0.0.1")
-            )
+        for n in range(count):
+            exchange = await cluster.play(n)
             for swarm in swarms:
-                plane.exchange.follow(swarm)
-            await plane.exchange.connect(address.host, address.port)
-            found.append(plane.exchange)
+                exchange.follow(swarm)
+            connection = await exchange.connect(address.host, address.port)
+            if n < CHOSEN_BY:
+                cluster.playing[n][1].machine._partners.add(connection.peer.raw)
+            if not n:
+                await trio.sleep(
+                    SETTLE_SECONDS
+                )  # this process is all the others: it has a thousand entries to tell
+            found.append(exchange)
+        nursery.start_soon(cluster.renew, members * CHURN_PER_MINUTE)
         yield found
+        nursery.cancel_scope.cancel()
 
 
 async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -140,10 +147,11 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             await trio.sleep(SETTLE_SECONDS)
             steps["mounted and read"] = memory(pid, node.state)
             address = PeerAddress.parse(node.addresses()[0])
-            async with peers(options.peers, address, swarms_of(registry)):
-                await trio.sleep(SETTLE_SECONDS)
+            async with peers(options.peers, address, swarms_of(registry), options.members):
+                await trio.sleep(MEMBERS_SECONDS)
                 steps["with peers"] = memory(pid, node.state)
                 result["connections"] = len(node.peer_ids())
+                result["cluster"] = node.status()["cluster"]
                 before, began = cpu_seconds(pid), time.monotonic()
                 await trio.sleep(options.seconds)
                 used = cpu_seconds(pid) - before
@@ -160,7 +168,14 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("seconds", 60), ("mounts", 10), ("peers", 40), ("layers", 5), ("files", 200)):
+    for name, default in (
+        ("seconds", 60),
+        ("mounts", 10),
+        ("peers", 40),
+        ("members", 1000),
+        ("layers", 5),
+        ("files", 200),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     with state_folder() as folder:

@@ -27,20 +27,19 @@ from p2pgz.core.crowdmsg import (
     Ranges,
 )
 from p2pgz.core.leaseactions import Send
+from p2pgz.core.memberlinks import NEW_BURST, Link, Unlink
 from p2pgz.core.membership import (
     LAG_SECONDS,
     LINKS_MAX,
-    NEW_BURST,
     PARTNERS_NEAR,
     PARTNERS_RANDOM,
+    PARTNERS_SECONDS,
     PROBE_SECONDS,
     RENEW_SECONDS,
     SILENT_SECONDS,
     TICK_SECONDS,
     Action,
-    Link,
     Membership,
-    Unlink,
 )
 from p2pgz.core.membertable import AHEAD_SECONDS, ENTRY_SECONDS, PER_ADDRESS_MAX, MemberTable
 from p2pgz.core.peerid import PeerId
@@ -382,6 +381,34 @@ class TestOne:
         unlinked = [a for a in node.tick(BEGIN + TICK_SECONDS) if isinstance(a, Unlink)]
         assert len(unlinked) == 1
         assert len(node.links) == LINKS_MAX
+
+    def test_links_that_neither_end_has_chosen_end_after_a_while(self) -> None:
+        node = machine(0)
+        members = [peer_of(n) for n in range(1, 20)]
+        for n, peer in enumerate(members, 1):
+            node.linked(peer, BEGIN)
+            node.receive(peer, Gossip(False, (entry(n),)), BEGIN)
+        chosen, at = set[bytes](), BEGIN
+        while at < BEGIN + 3 * PARTNERS_SECONDS:
+            at += TICK_SECONDS
+            for peer in node.links:
+                node.heard(peer, at)
+            released = {
+                a.peer for a in node.tick(at) if isinstance(a, Send) and a.frame == Heartbeat(node.view, 0)
+            }
+            if released:
+                chosen = set(node.partners)
+                break
+        assert chosen == set(node.links)
+        assert released == set(members) - chosen
+        other = released.pop()  # to which this one matters
+        node.receive(other, Heartbeat(1, 20), at)
+        assert other in node.links
+        node.receive(other, Heartbeat(1, 0), at)
+        assert other not in node.links
+        (partner, *_) = chosen
+        assert sent(node.receive(partner, Heartbeat(1, 0), at), Heartbeat) == [Heartbeat(node.view, 20)]
+        assert partner in node.links
 
     def test_comparisons_are_answered_with_what_differs_and_not_too_often(self) -> None:
         node = machine(0)
