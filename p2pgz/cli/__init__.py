@@ -34,6 +34,7 @@ COMMANDS = {
     "convert": ("convert", "Make an image lazily mountable."),
     "optimize": ("optimize", "Write how an image starts into it."),
     "status": ("status", "Show the node, its mounts and where bytes came from."),
+    "doctor": ("doctor", "Check this host, its node, and the way to peers and registries."),
     "pool": ("pool", "Show and keep this host's chunk pool."),
     "config": ("config", "Show, check or print the configuration."),
     "node": ("node", "Run the node daemon."),

@@ -69,6 +69,7 @@ NO_PEERS: Final[dict[str, Any]] = {
     "identity_twins": 0,
     "busy_answers": 0,
     "connections_max": 0,
+    "connections_accepted": 0,
     "connections_refused": 0,
     "connections_closed": 0,
 }
@@ -116,6 +117,7 @@ class Peering:
             "identity_twins": self.exchange.dialler.twins,
             "busy_answers": self.exchange.uploads.busy,
             "connections_max": self.exchange.budget.limit,
+            "connections_accepted": self.exchange.accepted,
             "connections_refused": self.exchange.budget.refused,
             "connections_closed": self.exchange.budget.closed,
         }

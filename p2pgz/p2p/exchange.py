@@ -80,6 +80,8 @@ class Exchange:
         self._followed: dict[bytes, int] = {}
         self._secrets: dict[bytes, bytes] = {}
         self._handshakes = 0
+        self.accepted = 0
+        """connections that peers made to us, and proved themselves on"""
         self.admission = credentials.admission
         self.standing = Standing()
         self.budget = Budget()
@@ -145,6 +147,7 @@ class Exchange:
             return
         finally:
             self._handshakes -= 1
+        self.accepted += 1
         refusal = self._refusal(ends.peer, dialled=False)
         if refusal is not None:
             await say_goodbye(ends.stream, refusal)
