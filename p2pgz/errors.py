@@ -8,7 +8,17 @@ succeed later without anybody changing anything. Foreign exceptions are mapped t
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+GrpcStatus = Literal[
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "FAILED_PRECONDITION",
+    "INVALID_ARGUMENT",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+]
+"""the status codes of gRPC by which containerd decides what it does next"""
 
 
 class P2pgzError(Exception):
@@ -135,3 +145,11 @@ class NodeUnavailable(P2pgzError):
     """No node answers on the control socket, or it ended in the middle of a request."""
 
     retryable = True
+
+
+class SnapshotError(P2pgzError):
+    """What containerd asks of the snapshotter cannot be done: `status` tells it what to do about that."""
+
+    def __init__(self, status: GrpcStatus, what: str, *, hint: str = "") -> None:
+        super().__init__(what, hint=hint)
+        self.status = status

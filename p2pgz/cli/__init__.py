@@ -38,6 +38,7 @@ COMMANDS = {
     "pool": ("pool", "Show and keep this host's chunk pool."),
     "config": ("config", "Show, check or print the configuration."),
     "node": ("node", "Run the node daemon."),
+    "snapshotter": ("snapshotter", "Serve containerd: containers start before their images are here."),
     "upgrade": ("upgrade", "Go on as the installed version, keeping all mounts."),
     "bench": ("bench", "Measure how fast lazy images are on this host."),
     "demo": ("demo", "Show on this machine what p2pgz does."),

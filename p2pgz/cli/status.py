@@ -39,6 +39,10 @@ def status(settings: Settings, /, as_json: bool) -> None:
             f"{human_bytes(mount['present_bytes'])} of {human_bytes(mount['bytes'])} here ({share:.0f} %)"
         )
         _show_start(mount.get("startup") or {})
+    if unpacked := document["unpacked"]:
+        click.echo(
+            f"{len(unpacked)} layers unpacked by containerd, the last one because: {unpacked[-1]['reason']}"
+        )
     if not document["mounts"]:
         click.echo("no mounts")
     for seed in document["seeds"]:

@@ -24,7 +24,8 @@ def why(settings: Settings, /, path: str, as_json: bool) -> None:
     """Show where the bytes of a mounted file came from: each chunk, who gave it, how long it took.
 
     For a chunk that is not here: who would be asked for it now. PATH may be a directory, also that of the mount; then the
-    chunks of all files below it are added up. Nothing is fetched.
+    chunks of all files below it are added up. Nothing is fetched. Of an image's reference: why containerd unpacked
+    layers of it instead of taking this node's mount.
     """
     chunks: list[dict[str, Any]] = []
 
@@ -45,6 +46,8 @@ def why(settings: Settings, /, path: str, as_json: bool) -> None:
         # as typed it may lead through a symlink; what is in the mount is left alone, since links there are the image's
         real = Path(os.path.realpath(target.parent), target.name)
         if real == target:
+            if _show_unpacked(client.status()["unpacked"], path, as_json=as_json):
+                return
             raise
         result = client.call("/v1/why", {"path": str(real)}, seen)
     if as_json:
@@ -55,6 +58,17 @@ def why(settings: Settings, /, path: str, as_json: bool) -> None:
         click.echo(line)
     if not result["summary"]:
         click.echo("no bytes")
+
+
+def _show_unpacked(entries: list[dict[str, Any]], name: str, *, as_json: bool) -> bool:
+    """The layers of an image that containerd unpacked; whether there are any."""
+    found = [entry for entry in entries if name in (entry["reference"], entry["reference"].partition("@")[0])]
+    if as_json and found:
+        print_json({"reference": name, "unpacked": found})
+    elif found:
+        for entry in found:
+            click.echo(f"layer {entry['layer']} was unpacked by containerd: {entry['reason']}")
+    return bool(found)
 
 
 def _told(chunk: dict[str, Any]) -> str:

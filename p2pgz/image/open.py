@@ -16,13 +16,13 @@ import msgspec
 import structlog
 import trio
 
-from p2pgz.core.content import FileRef, content_key
 from p2pgz.core.digest import Digest
 from p2pgz.core.media import (
     MAX_INDEX_DEPTH,
     MAX_MANIFEST_BYTES,
     SIZE_UNKNOWN,
     Descriptor,
+    ImageConfig,
     Index,
     Manifest,
     parse_config,
@@ -42,6 +42,7 @@ from p2pgz.image.merge import LayerInput, merge_layers
 from p2pgz.image.opened import ImageRecord, OpenImage, map_tree, write_tree
 from p2pgz.image.opening import Away, LazyConfig, Wanted, documents_of, first_error, naming, silent
 from p2pgz.image.plain_layers import PlainLayers
+from p2pgz.image.samefiles import shared_files
 from p2pgz.image.tags import LOOK_UP_SECONDS, Tags, stale_warning
 from p2pgz.image.treebuild import build_tree
 from p2pgz.image.treefile import TreeFile
@@ -56,8 +57,6 @@ Progress = Callable[[dict[str, Any]], Awaitable[None]]
 LAYERS_AT_A_TIME: Final = 16
 # Documents and TOCs; a registry that is silent longer than this is down for us. Plain layers have no deadline but stalls.
 OPEN_SECONDS: Final = 120.0
-# 2 us a key: a step of 4 ms
-LOOKUP_KEYS: Final = 2048
 TREES: Final = "trees"
 
 
@@ -92,8 +91,11 @@ class ImageOpener:
         progress: Progress,
         insist_on_platform: bool = False,
         tag_seconds: float = LOOK_UP_SECONDS,
+        lowest: int = 0,
     ) -> OpenImage:
-        """Open an image by reference; raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable.
+        """Open an image by reference, or only its `lowest` layers.
+
+        Raises ImageNotFound, ImageInvalid, AuthRefused or SourceUnavailable.
 
         A tag that cannot be looked up (within `tag_seconds`) means what it meant here last: `stale_since` says so.
         """
@@ -120,14 +122,16 @@ class ImageOpener:
                 manifest=manifest,
                 place=place,
                 allow_unverified_toc=allow_unverified_toc,
+                lowest=lowest,
             )
             async with self._lock(place):
                 image = await self._known(wanted)
                 if image is None:
                     image = await self._unknown(wanted, progress)
-            await self._shares.add(
-                place, segments=image.layers, documents=documents_of(manifest), indexes=indexes
-            )
+            if not wanted.is_part:  # what a part has is shared as what the whole has
+                await self._shares.add(
+                    place, segments=image.layers, documents=documents_of(manifest), indexes=indexes
+                )
         if resolved.stale_since is None:
             await self.tags.note(reference, platform, manifest.digest)
         else:
@@ -147,6 +151,7 @@ class ImageOpener:
         source: ImageSource,
         *,
         allow_unverified_toc: bool,
+        lowest: int = 0,
     ) -> OpenImage:
         """An image that was opened on this host before; nothing is asked of `source` until a chunk is missing.
 
@@ -172,6 +177,7 @@ class ImageOpener:
             manifest=manifest,
             place=place,
             allow_unverified_toc=allow_unverified_toc,
+            lowest=lowest,
         )
         async with self._lock(place):
             image = await self._known(wanted)
@@ -209,14 +215,26 @@ class ImageOpener:
         access: Access,
     ) -> None:
         """An image without an index is for one platform: refuse it when the user has asked for another one."""
-        document = await self._document(source, manifest.config, access)
-        config = parse_config(document, len(manifest.layers), os="", where=f"config {manifest.config.digest}")
+        config = await self._config(source, manifest, access)
         offered = Platform.of(config.os, config.architecture, config.variant)
         if platform.suits(offered) is None:
             raise ImageNotFound(
                 f"{reference}: is an image for {offered}, not {platform}",
                 hint="leave --platform out to take it as it is",
             )
+
+    async def config(
+        self, reference: Reference, source: ImageSource, image: OpenImage
+    ) -> tuple[Manifest, ImageConfig]:
+        """Manifest and config of an image that is open."""
+        descriptor = Descriptor(media_type="", digest=image.digest, size=SIZE_UNKNOWN)
+        manifest, place, _ = await self._manifest(reference, source, Platform.of("linux", ""), descriptor)
+        return manifest, await self._config(source, manifest, place.access)
+
+    async def _config(self, source: ImageSource, manifest: Manifest, access: Access) -> ImageConfig:
+        document = await self._document(source, manifest.config, access)
+        where = f"config {manifest.config.digest}"
+        return parse_config(document, len(manifest.layers), os="", where=where)
 
     async def _document(self, source: ImageSource, descriptor: Descriptor, access: Access) -> bytes:
         """A document from the pool, from peers, or from the source."""
@@ -237,7 +255,7 @@ class ImageOpener:
     async def _known(self, wanted: Wanted) -> OpenImage | None:
         """The image as it was opened before, if all of it is still here."""
         domain = wanted.place.domain
-        path = self._tree_path(wanted.place)
+        path = self._tree_path(wanted)
         try:
             tree = map_tree(path)
             record = msgspec.json.decode(tree.info, type=ImageRecord)
@@ -264,9 +282,9 @@ class ImageOpener:
         domain = wanted.place.domain
         layers = await self._open_layers(wanted, progress)
         inputs = [LayerInput(layer.toc, layer.layout.extents, layer.segment.id) for layer in layers]
-        path = self._tree_path(wanted.place)
+        path = self._tree_path(wanted)
 
-        shared = await self._shared_files(layers, domain)
+        shared = await shared_files(self._pool, layers, domain)
 
         def build() -> tuple[bytes, ImageRecord]:
             merged = merge_layers(inputs)
@@ -279,25 +297,9 @@ class ImageOpener:
         for text in record.warnings:
             log.warning("image.warning", reference=str(wanted.reference), text=text)
         tree = map_tree(path)
-        for layer, descriptor in zip(layers, wanted.manifest.layers, strict=True):
+        for layer, descriptor in zip(layers, wanted.layers, strict=True):
             self._add_origin(wanted, layer.segment, descriptor, layer.record)
         return self._finish(wanted, tree, path, self._segments(tree, record, domain), record)
-
-    async def _shared_files(self, layers: list[OpenLayer], domain: str) -> dict[bytes, FileRef]:
-        """Files of these layers that other segments hold completely, asked for in steps that do not stall the loop."""
-        own = {layer.segment.id for layer in layers}
-        keys = await trio.to_thread.run_sync(
-            lambda: list(
-                {content_key(entry.chunks) for layer in layers for entry in layer.toc.entries if entry.chunks}
-            )
-        )
-        found: dict[bytes, FileRef] = {}
-        if all(layer.record.unverified for layer in layers):
-            return found
-        for start in range(0, len(keys), LOOKUP_KEYS):
-            found |= self._pool.lookup_files(domain, keys[start : start + LOOKUP_KEYS])
-            await trio.lowlevel.checkpoint()
-        return {key: ref for key, ref in found.items() if ref.segment not in own}
 
     def _segments(self, tree: TreeFile, record: ImageRecord, domain: str) -> list[Segment]:
         """The segments that a tree refers to, in its order; raises StateError when one is gone."""
@@ -335,13 +337,13 @@ class ImageOpener:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(config.load)
                 seen: set[Digest] = set()
-                for number, descriptor in enumerate(manifest.layers):
+                for number, descriptor in enumerate(wanted.layers):
                     if descriptor.digest not in seen:
                         seen.add(descriptor.digest)
                         nursery.start_soon(one, number, descriptor)
         except BaseExceptionGroup as group:
             raise first_error(group) from group
-        return [opened[descriptor.digest] for descriptor in manifest.layers]
+        return [opened[descriptor.digest] for descriptor in wanted.layers]
 
     def _add_origin(
         self, wanted: Wanted, segment: Segment, descriptor: Descriptor, record: LayerRecord
@@ -386,6 +388,8 @@ class ImageOpener:
             warnings=record.warnings,
         )
 
-    def _tree_path(self, place: Place) -> Path:
+    def _tree_path(self, wanted: Wanted) -> Path:
+        place = wanted.place
         suffix = "" if place.domain == SHARED_DOMAIN else "-" + Digest.of(place.domain.encode()).hex[:16]
-        return self._trees / f"{place.manifest.hex}{suffix}.tree"
+        part = f"-{len(wanted.layers)}" if wanted.is_part else ""
+        return self._trees / f"{place.manifest.hex}{part}{suffix}.tree"

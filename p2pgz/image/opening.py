@@ -32,6 +32,18 @@ class Wanted:
     manifest: Manifest
     place: Place
     allow_unverified_toc: bool
+    lowest: int = 0
+    """only so many of its layers; 0: all"""
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is less than the image."""
+        return 0 < self.lowest < len(self.manifest.layers)
+
+    @property
+    def layers(self) -> tuple[Descriptor, ...]:
+        """The layers that are wanted."""
+        return self.manifest.layers[: self.lowest] if self.is_part else self.manifest.layers
 
 
 def documents_of(manifest: Manifest) -> list[Digest]:

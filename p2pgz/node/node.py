@@ -30,6 +30,7 @@ from p2pgz.image.tags import LOOK_UP_SECONDS
 from p2pgz.image.verify import verify_image
 from p2pgz.mount.mounts import MountDocument, MountOptions, Mounts
 from p2pgz.mount.startup import StartUps
+from p2pgz.node.layers import Layers
 from p2pgz.node.peering import NO_PEERS, Peering
 from p2pgz.node.questions import Questions
 from p2pgz.node.seeding import Seeder
@@ -108,6 +109,7 @@ class Node:
             self.platform,
             has_peers=peering is not None,
         )
+        self.layers = Layers(self.open_image, opener, sources)
         self._started = time.monotonic()
         self.http_urls: list[str] = []
         """where its status page is"""
@@ -138,6 +140,7 @@ class Node:
             "config": self.live.status(),
             "mounts": self.mounts.status(),
             "seeds": self.seeds.status(),
+            "unpacked": self.layers.status(),
             "pool": self._pool_status(),
             "sources": {
                 "pool": {"chunks": counters.pool_chunks, "bytes": counters.pool_bytes},
@@ -256,6 +259,7 @@ class Node:
             reference,
             LazySource(reference.name, lambda: self._sources.get(reference, request)),
             allow_unverified_toc=request.allow_unverified_toc,
+            lowest=request.layers,
         )
 
     async def upgrade(self, request: UpgradeRequest, progress: Progress) -> dict[str, Any]:
@@ -363,6 +367,7 @@ class Node:
             progress=progress,
             insist_on_platform=bool(request.platform),
             tag_seconds=tag_seconds,
+            lowest=request.layers,
         )
 
     def platform_of(self, request: MountRequest) -> Platform:

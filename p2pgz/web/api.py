@@ -23,9 +23,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from p2pgz.config import NonNegative
 from p2pgz.mount.records import MountDocument
 from p2pgz.web.exports import ExportRequest, Exports, ImportRequest, InventoryRequest
 from p2pgz.web.exports import routes as export_routes
+from p2pgz.web.layers import LayerRequest, Layers, UnpackedRequest
+from p2pgz.web.layers import routes as layer_routes
 from p2pgz.web.questions import FindRequest, Questions, WhyRequest, routes
 from p2pgz.web.seeds import SeedRequest, Seeds, UnseedRequest
 from p2pgz.web.seeds import routes as seed_routes
@@ -40,8 +43,10 @@ __all__ = [
     "FindRequest",
     "ImportRequest",
     "InventoryRequest",
+    "LayerRequest",
     "Progress",
     "SeedRequest",
+    "UnpackedRequest",
     "UnseedRequest",
     "Warn",
     "WhyRequest",
@@ -70,6 +75,7 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     path: str = ""
     recursive: bool = False
     persist: bool = False
+    layers: NonNegative = 0
 
 
 class WaitRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,7 +129,7 @@ def recorded_request(document: MountDocument) -> MountRequest:
 def kept_fields(request: MountRequest) -> dict[str, Any]:
     """What of a request is written down: how to reach the source, never credentials."""
     document: dict[str, Any] = msgspec.to_builtins(request)
-    names = ("plain_http", "platform", "ca_file", "hosts_dir", "allow_unverified_toc")
+    names = ("plain_http", "platform", "ca_file", "hosts_dir", "allow_unverified_toc", "layers")
     return {name: document[name] for name in names if document[name]}
 
 
@@ -160,6 +166,9 @@ class Control(Protocol):
     def seeds(self) -> Seeds: ...
 
     @property
+    def layers(self) -> Layers: ...
+
+    @property
     def questions(self) -> Questions: ...
 
     @property
@@ -187,6 +196,7 @@ def create_app(control: Control) -> Starlette:
             Route("/v1/pool/pin", partial(events, control.pool_pin, MountRequest), methods=["POST"]),
             Route("/v1/pool/unpin", partial(events, control.pool_unpin, UnpinRequest), methods=["POST"]),
             *seed_routes(control.seeds),
+            *layer_routes(control.layers),
             *routes(control.questions),
             *export_routes(control.exports),
             Route("/v1/content", partial(frames, control.read_file, MountRequest), methods=["POST"]),

@@ -1,0 +1,1 @@
+"""Generated from snapshots.proto by `.ci/snapshots-pb`."""

@@ -1,0 +1,88 @@
+"""One containerd for each module: starting it with node and snapshotter takes as long as most tests.
+
+What runs in it outlives a test on purpose, so it is `engine` that checks, at its end, that nothing is left.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p2pgz.core.digest import Digest
+from p2pgz.core.media import OCI_MANIFEST, TOC_DIGEST_ANNOTATION
+from p2pgz.testing.docker_registry import RunningRegistry, running_registry
+from tests.conftest import mounts_below
+from tests.e2e import lab_images
+from tests.e2e.containerd.engine import Engine, find_binaries
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> None:
+    """Not after each test here."""
+
+
+@pytest.fixture(scope="session")
+def small_registry(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    """A registry with the image `small`: plain (`gz`), and converted (`es`: eStargz, `zc`: zstd:chunked)."""
+    layout = lab_images.image_layout(cache_dir, lab_images.SMALL)
+    with running_registry(tmp_path_factory.mktemp("registry")) as registry:
+        name = f"{registry.address}/lab/small"
+        lab_images.push(layout, lab_images.SMALL, f"{name}:gz")
+        for tag, form in (("es", "estargz"), ("zc", "zstd:chunked")):
+            command = ["convert", "-q", "--format", form, f"oci:{layout}:{lab_images.SMALL}", f"{name}:{tag}"]
+            lab_images.run(sys.executable, "-m", "p2pgz", *command)
+        for tag, size in (
+            ("nameless", "131072"),
+            ("right", "65536"),
+        ):  # other chunks: the same files in other layers
+            command = [
+                "convert",
+                "-q",
+                "--chunk-size",
+                size,
+                f"oci:{layout}:{lab_images.SMALL}",
+                f"{name}:{tag}",
+            ]
+            lab_images.run(sys.executable, "-m", "p2pgz", *command)
+        push_liar(registry, "lab/small", "right", "liar")
+        yield registry
+
+
+def push_liar(registry: RunningRegistry, repository: str, source: str, target: str) -> None:
+    """The image again, but its second layer's TOC is said to have another digest; its layers are as they should be."""
+    connection = http.client.HTTPConnection("127.0.0.1", registry.port, timeout=10)
+    connection.request("GET", f"/v2/{repository}/manifests/{source}", headers={"Accept": OCI_MANIFEST})
+    manifest = json.loads(connection.getresponse().read())
+    manifest["layers"][1]["annotations"][TOC_DIGEST_ANNOTATION] = str(Digest.of(b"another TOC"))
+    headers = {"Content-Type": OCI_MANIFEST}
+    connection.request("PUT", f"/v2/{repository}/manifests/{target}", json.dumps(manifest), headers)
+    assert connection.getresponse().status == 201
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def engine(cache_dir: Path, adopts_orphans: None) -> Iterator[Engine]:
+    """On a real disk, since neither overlays nor the pool want tmpfs."""
+    binaries = find_binaries(cache_dir)
+    if binaries is None:
+        pytest.skip("containerd, its shim and ctr are not here: `make containerd` builds them")
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="p2pgz-c-") as name:
+        folder = Path(name)
+        engine = Engine(binaries, folder)
+        try:
+            engine.start()
+            yield engine
+        finally:
+            engine.close()
+        assert mounts_below(folder) == set()
+        left = subprocess.run(
+            ["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False
+        ).stdout
+        assert left.split() == []
