@@ -46,6 +46,7 @@ from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.from_registry import harvest
 from p2pgz.fetch.shares import Access
 from p2pgz.fetch.stall import watched
+from p2pgz.image.opening import first_error
 from p2pgz.image.plain_layers import PlainLayer, PlainLayers
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.pool import Pool, Segment, SegmentMeta
@@ -301,21 +302,30 @@ class LayerOpener:
         """Remember a lazily readable layer, and make its segment."""
         known = self._pool.segment(opened.toc.digest, access.domain) if opened.vouched else None
         opened, layout = await trio.to_thread.run_sync(_laid_out, descriptor, opened, known)
-        if opened.vouched:
-            facts = _Facts(
-                document=str(opened.toc.digest),
-                kind=opened.footer.kind,
-                compression=opened.compression,
-                payload_end=opened.footer.payload_end,
-            )
-            await self._remember(descriptor, facts, opened.toc.digest, opened.toc_json, access)
-            if opened.document is not opened.toc_json:
-                await self._documents.keep(
-                    await trio.to_thread.run_sync(Digest.of, opened.document), opened.document, access
+        try:
+            # both wait for the disk most of the time
+            async with trio.open_nursery() as nursery:
+                if opened.vouched:
+                    nursery.start_soon(self._remember_lazy, descriptor, opened, access)
+                kind = opened.footer.kind
+                return await self._finish(
+                    descriptor, opened.toc, layout, kind, access, unverified=not opened.vouched
                 )
-        return await self._finish(
-            descriptor, opened.toc, layout, opened.footer.kind, access, unverified=not opened.vouched
+        except BaseExceptionGroup as group:
+            raise first_error(group) from group
+
+    async def _remember_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> None:
+        facts = _Facts(
+            document=str(opened.toc.digest),
+            kind=opened.footer.kind,
+            compression=opened.compression,
+            payload_end=opened.footer.payload_end,
         )
+        await self._remember(descriptor, facts, opened.toc.digest, opened.toc_json, access)
+        if opened.document is not opened.toc_json:
+            await self._documents.keep(
+                await trio.to_thread.run_sync(Digest.of, opened.document), opened.document, access
+            )
 
     async def keep_plain(self, descriptor: Descriptor, plain: PlainLayer, access: Access) -> OpenLayer:
         """The same for a plain one."""

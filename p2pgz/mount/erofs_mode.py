@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -15,14 +16,16 @@ import msgspec
 import structlog
 import trio
 
-from p2pgz.errors import MountUnavailable, PoolFull, StateError
+from p2pgz.core.digest import Digest
+from p2pgz.errors import MountUnavailable, P2pgzError, PoolFull, StateError
 from p2pgz.image.erofs import FORMAT_VERSION, write_metadata
 from p2pgz.image.opened import OpenImage
+from p2pgz.image.treefile import TreeFile
 from p2pgz.mount.hosting import ErofsPart
 from p2pgz.mount.segment_client import SegmentClient
 from p2pgz.mount.session import Ensure, FsSession, Observe, SessionOptions
 from p2pgz.mount.umount import EROFS_SUFFIX
-from p2pgz.pool.disk import write_durably
+from p2pgz.pool.disk import TEMPORARY_SUFFIX
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.segment import Segment
 
@@ -90,6 +93,12 @@ class ErofsMode:
                 f"erofs mode cannot be used on this host: {decision.reason}", hint="use --mode tree"
             )
         return decision
+
+    async def prepare(self, mode: str) -> None:
+        """Begin what a mount will need, while its image is being opened. Failures show when it is mounted."""
+        with suppress(P2pgzError):
+            if (await self.decide(mode)).erofs:
+                await self.client.prepare()
 
     async def _find_out(self) -> Decision:
         if os.geteuid() != 0:
@@ -162,12 +171,13 @@ class ErofsMode:
         """The EROFS file of an image's tree, written when it is needed for the first time."""
         changed = image.tree_path.stat().st_mtime_ns  # a tree that was built anew may refer to other segments
         stem = image.tree_path.stem
-        path = image.tree_path.with_name(f"{stem}.{FORMAT_VERSION}.{changed:x}{EROFS_SUFFIX}")
+        # the kernel trusts it, and it is not synced: one that a power failure may have torn has the name of another boot
+        boot = Digest.of(self._boot_id.encode()).hex[:8]
+        path = image.tree_path.with_name(f"{stem}.{FORMAT_VERSION}.{changed:x}.{boot}{EROFS_SUFFIX}")
         async with self._writing.setdefault(path, trio.Lock()):
             if not path.exists():
-                data = await trio.to_thread.run_sync(write_metadata, image.tree)
                 try:
-                    await trio.to_thread.run_sync(write_durably, path, data)
+                    await trio.to_thread.run_sync(_write, image.tree, path)
                 except OSError as error:
                     raise PoolFull(
                         f"{path}: {error.strerror}", hint="free some space in the state directory"
@@ -189,6 +199,12 @@ class ErofsMode:
             if _is_complete(segment):  # a removal may have begun before the mark
                 native.append(n)
         return native
+
+
+def _write(tree: TreeFile, path: Path) -> None:
+    temporary = path.with_suffix(TEMPORARY_SUFFIX)
+    temporary.write_bytes(write_metadata(tree))
+    temporary.replace(path)
 
 
 def _is_complete(segment: Segment) -> bool:

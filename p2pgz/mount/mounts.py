@@ -90,6 +90,10 @@ class Mounts:
         """How many are alive, those included that are being taken over."""
         return len(self._mounts) + len(self._recovering)
 
+    def prepare(self, mode: str) -> None:
+        """A mount is about to be asked for: the process that will serve it starts while the image is opened."""
+        self._nursery.start_soon(self._servers.prepare, mode)
+
     async def mount(
         self,
         image: OpenImage,

@@ -76,6 +76,11 @@ class Servers:
         self._erofs = erofs
         self._rosters = [host.roster] if erofs is None else [host.roster, erofs.roster]
 
+    async def prepare(self, mode: str) -> None:
+        """Begin what every mount in this mode needs."""
+        if self._erofs is not None:
+            await self._erofs.prepare(mode)
+
     async def start(self, served: Served, *, resume: bool = False, resend: bool = True) -> FsSession:
         """A process for a new mount, or with `resume` for one that the holder keeps."""
         startup = self._begin(served, record=not resume)

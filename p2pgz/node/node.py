@@ -181,6 +181,7 @@ class Node:
         if request.mode not in MODES:
             raise UsageError(f"mode {request.mode!r} is not known", hint=f"use one of {', '.join(MODES)}")
         async with self.in_use():
+            self.mounts.prepare(request.mode)
             image = await self.open_image(request, progress)
             options = self._options(request)
             mounted = await self.mounts.mount(image, options, kept_fields(request))

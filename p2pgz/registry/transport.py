@@ -206,7 +206,8 @@ class Transport:
     def __init__(self, tls: TlsSettings, stats: RegistryStats) -> None:
         self._tls = tls
         self._stats = stats
-        self._pool: httpcore2.AsyncConnectionPool | None = None
+        # by whether they encrypt: whoever speaks HTTP only need not wait until the system's certificates are read
+        self._pools: dict[bool, httpcore2.AsyncConnectionPool] = {}
         self._opening = trio.Lock()
 
     async def send(
@@ -222,7 +223,8 @@ class Transport:
 
         A streamed `body` needs a Content-Length among the headers.
         """
-        pool = self._pool or await self._open()
+        encrypts = url.scheme == "https"
+        pool = self._pools.get(encrypts) or await self._open(encrypts=encrypts)
         request = httpcore2.Request(
             method,
             httpcore2.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target),
@@ -243,23 +245,23 @@ class Transport:
         self._stats.answers[answer.status] += 1
         return Response(answer, url, self._stats)
 
-    async def _open(self) -> httpcore2.AsyncConnectionPool:
+    async def _open(self, *, encrypts: bool) -> httpcore2.AsyncConnectionPool:
         async with self._opening:
-            if self._pool is None:
+            if encrypts not in self._pools:
                 # reading the system's certificates takes 20 ms and more: not on the event loop
-                context = await trio.to_thread.run_sync(self._tls.context)
-                self._pool = httpcore2.AsyncConnectionPool(
+                context = await trio.to_thread.run_sync(self._tls.context) if encrypts else None
+                self._pools[encrypts] = httpcore2.AsyncConnectionPool(
                     ssl_context=context,
                     max_connections=MAX_CONNECTIONS,
                     keepalive_expiry=KEEPALIVE_SECONDS,
                     network_backend=httpcore2.TrioBackend(),
                 )
-            return self._pool
+            return self._pools[encrypts]
 
     async def aclose(self) -> None:
         """Close all connections."""
-        if self._pool is not None:
-            await self._pool.aclose()
+        for pool in self._pools.values():
+            await pool.aclose()
 
 
 @dataclass(frozen=True, slots=True)

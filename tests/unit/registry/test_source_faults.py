@@ -321,7 +321,7 @@ async def test_connections_are_kept(opened):
         blob = registry.store.add_blob("team/app", DATA)
         for start in range(0, 100_000, 10_000):
             await read(source, blob, start, start + 10_000)
-        pool = source._client._ways[0].transport._pool
+        pool = source._client._ways[0].transport._pools.get(False)
         assert len(pool.connections) == 1
         assert source.stats.requests == 10
         assert source.stats.received_bytes == 100_000
