@@ -1,0 +1,93 @@
+"""What a connected peer has is left out of a file: by its bitmaps, layer by layer. And where a command writes its file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import trio.testing
+
+from p2pgz.cli.exports import _write
+from p2pgz.core.peerid import PeerId
+from p2pgz.core.ports import Holder
+from p2pgz.core.reference import parse_reference
+from p2pgz.errors import ImageNotFound, UsageError
+from p2pgz.node.exports import Exports, _name
+
+PEER, OTHER = PeerId(b"\x00\x24\x08\x01\x12\x20" + b"p" * 32), PeerId(b"\x00\x24\x08\x01\x12\x20" + b"o" * 32)
+
+
+class Told:
+    """A fetcher whose peers tell what they have of the first layer at once, and of the others never."""
+
+    def __init__(self, *holders: Holder) -> None:
+        self._holders = holders
+
+    def origin(self, segment: Any) -> Any:
+        return segment if segment.known else None
+
+    def holders(self, origin: Any) -> tuple[Holder, ...]:
+        return self._holders if origin.first else ()
+
+
+def exports(fetcher: Told) -> Exports:
+    return Exports(
+        Mock(), fetcher, Mock(), Mock(), Mock(), open_image=Mock(), platform_of=Mock(), in_use=Mock()
+    )  # type: ignore[arg-type]  # what is asked of it here
+
+
+class Layer:
+    def __init__(self, *, first: bool, known: bool = True) -> None:
+        self.first, self.known = first, known
+
+
+@pytest.mark.trio
+async def test_what_a_peer_says_it_has_is_left_out(autojump_clock: trio.testing.MockClock) -> None:
+    layers = [Layer(first=True), Layer(first=False), Layer(first=False, known=False)]
+    image = SimpleNamespace(layers=layers, reference="image")
+    told = Told(Holder(OTHER, lambda n: True, 0.1, 0.0), Holder(PEER, lambda n: n < 2, 0.1, 0.0))
+    leave_out = await exports(told)._what_peer_has(image, PEER)  # type: ignore[arg-type]
+    assert [leave_out(layers[0], n, b"") for n in range(3)] == [True, True, False]  # type: ignore[arg-type]
+    assert not leave_out(layers[1], 0, b"")  # type: ignore[arg-type]
+
+
+@pytest.mark.trio
+async def test_a_peer_that_nobody_knows_is_an_error(autojump_clock: trio.testing.MockClock) -> None:
+    image = SimpleNamespace(layers=[Layer(first=True)], reference="image")
+    told = Told(Holder(OTHER, lambda n: True, 0.1, 0.0))
+    with pytest.raises(ImageNotFound, match="has nothing of image"):
+        await exports(told)._what_peer_has(image, PEER)  # type: ignore[arg-type]
+
+
+def test_the_other_side_needs_a_name() -> None:
+    local = parse_reference("oci:dir:tag")
+    assert str(_name(local, "registry.example/x")) == "registry.example/x:latest"
+    with pytest.raises(UsageError, match="needs a name"):
+        _name(local, "")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def broken() -> Any:
+        yield b"first"
+        raise ImageNotFound("gone")
+
+    with pytest.raises(ImageNotFound):
+        _write(str(path), broken())
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"old")
+    with pytest.raises(ImageNotFound):
+        _write(str(path), broken())
+    assert path.read_bytes() == b"old"
+    assert _write(str(path), iter([b"n", b"ew"])) == 3
+    assert path.read_bytes() == b"new"
+    os.mkfifo(tmp_path / "fifo")
+    for place in ("fifo", "nosuch/file"):
+        with pytest.raises(UsageError):
+            _write(str(tmp_path / place), iter([b"x"]))
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["fifo", "file"]
