@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test page unit kills evict crashpoints soak sim dht-promise lint format coverage coverage-report wheel-test docs packages kubernetes lock changelog clean
+.PHONY: help setup demo test page unit kills evict crashpoints soak sim dht-promise containerd lint format coverage coverage-report wheel-test docs packages kubernetes lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -75,6 +75,12 @@ page:
 	@command -v chromium >/dev/null || apt-get install -qy --no-install-recommends chromium
 	@.venv/bin/python -c 'import playwright' 2>/dev/null || .venv/bin/uv pip install -q --python .venv/bin/python --group page
 	P2PGZ_TEST_IMAGES=docs/images $(PYTEST) -q tests/e2e/web $(ARGS)
+
+# Containers of a real containerd (built from Go modules, minutes at first), and its own test suite for snapshotters
+containerd:
+	@.ci/setup test
+	@.ci/containerd
+	P2PGZ_TEST_CONTAINERD=1 $(PYTEST) -q tests/e2e/containerd tests/interop/test_snapshotter_suite.py $(ARGS)
 
 lint:
 	@.ci/setup test

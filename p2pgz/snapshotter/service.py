@@ -272,7 +272,9 @@ class Snapshotter:
         with self._lock:
             snapshot = self._records.get(key)
             if self._records.is_parent(key):
-                raise SnapshotError("FAILED_PRECONDITION", f"snapshot {key!r} has others on it")
+                raise SnapshotError(
+                    "FAILED_PRECONDITION", f"cannot remove snapshot {key!r}: others stand on it"
+                )
             self._records.remove(snapshot)
         self._discard(self._records.directory(snapshot.id))
 

@@ -18,7 +18,7 @@ import pytest
 from p2pgz.core.digest import Digest
 from p2pgz.core.media import OCI_MANIFEST, TOC_DIGEST_ANNOTATION
 from p2pgz.testing.docker_registry import RunningRegistry, running_registry
-from tests.conftest import mounts_below
+from tests.conftest import missing_tool, mounts_below
 from tests.e2e import lab_images
 from tests.e2e.containerd.engine import Engine, find_binaries
 
@@ -71,8 +71,8 @@ def push_liar(registry: RunningRegistry, repository: str, source: str, target: s
 def engine(cache_dir: Path, adopts_orphans: None) -> Iterator[Engine]:
     """On a real disk, since neither overlays nor the pool want tmpfs."""
     binaries = find_binaries(cache_dir)
-    if binaries is None:
-        pytest.skip("containerd, its shim and ctr are not here: `make containerd` builds them")
+    if binaries is None or missing_tool("runc"):
+        pytest.skip("containerd, its shim, ctr or runc are not here: `make containerd` brings them")
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="p2pgz-c-") as name:
         folder = Path(name)
         engine = Engine(binaries, folder)
