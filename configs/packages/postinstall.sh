@@ -7,6 +7,7 @@ systemd-tmpfiles --create /usr/lib/tmpfiles.d/p2pgz.conf >/dev/null 2>&1 || mkdi
 systemctl daemon-reload || true
 if systemctl is-active --quiet p2pgz.service; then
     p2pgz upgrade || systemctl restart p2pgz.service || true
+    systemctl try-restart p2pgz-snapshotter.service || true
 else
     echo 'p2pgz: edit /etc/p2pgz/config.toml, then: systemctl enable --now p2pgz' >&2
 fi

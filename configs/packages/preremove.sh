@@ -3,4 +3,4 @@
 set -e
 case ${1:-remove} in remove | 0) ;; *) exit 0 ;; esac
 [ -d /run/systemd/system ] || exit 0
-systemctl disable --now p2pgz.service || true
+systemctl disable --now p2pgz-snapshotter.service p2pgz.service || true

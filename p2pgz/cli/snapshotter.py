@@ -84,6 +84,7 @@ def snapshotter(settings: Settings, /, address: str, root: str, **options: Any) 
     """
     import structlog
 
+    from p2pgz.node.supervision import Supervisor
     from p2pgz.snapshotter.server import served
     from p2pgz.snapshotter.service import Snapshotter
     from p2pgz.telemetry import log
@@ -99,4 +100,7 @@ def snapshotter(settings: Settings, /, address: str, root: str, **options: Any) 
         structlog.get_logger(component="snapshotter").info(
             "snapshotter.ready", address=str(socket), pid=os.getpid()
         )
+        supervisor = Supervisor(os.environ)
+        supervisor.ready()
         ended.wait()
+        supervisor.stopping()

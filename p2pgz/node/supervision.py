@@ -1,7 +1,8 @@
 """What the node tells the service manager that started it: ready, reloading, stopping, alive. sd_notify(3).
 
-Called by `node.run` for `p2pgz node`, never for a node that a command started for itself: that one lives in somebody else's
-service. The sign of life comes from the event loop, so a node whose loop hangs is restarted. Does nothing where nobody asks.
+Called by `node.run` for `p2pgz node` and by `p2pgz snapshotter`, never for a node that a command started for itself: that one
+lives in somebody else's service. The sign of life comes from the event loop, so a node whose loop hangs is restarted. Does
+nothing where nobody asks.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ class Supervisor:
             sock.sendto("\n".join(lines).encode(), address)
 
     def ready(self) -> None:
-        """The node answers, or has read its configuration again."""
-        self.say("READY=1", "STATUS=Answers commands.")
+        """It answers, or has read its configuration again."""
+        self.say("READY=1", "STATUS=Answers.")
 
     def reloading(self) -> None:
         """The configuration is being read again; `ready` ends it."""
         self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """The node takes its leave."""
-        self.say("STOPPING=1", "STATUS=Takes leave of its peers; mounts live on.")
+        """It takes its leave."""
+        self.say("STOPPING=1", "STATUS=Ends; mounts live on.")
 
     async def keep_alive(self) -> None:
         """Give a sign of life as often as is asked for; for ever, or not at all."""

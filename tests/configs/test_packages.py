@@ -22,7 +22,7 @@ def test_all_files_of_the_packages_are_there() -> None:
     document = yaml.safe_load((PACKAGES / "nfpm.yaml").read_text())
     built = {"${PACKAGE_ROOT}/opt/p2pgz", "${PACKAGE_ROOT}/usr", "/opt/p2pgz/bin/p2pgz"}
     sources = [entry["src"] for entry in document["contents"]] + list(document["scripts"].values())
-    assert [src for src in sources if src not in built and not (ROOT / src).is_file()] == []
+    assert [src for src in sources if src not in built and not (ROOT / src).exists()] == []
     places = {entry["dst"] for entry in document["contents"]}
     assert str(SYSTEM_CONFIG) in places
     (environment,) = {entry["src"] for entry in document["contents"] if entry["dst"] == "/etc/default/p2pgz"}

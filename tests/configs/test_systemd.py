@@ -65,7 +65,18 @@ def test_the_command_and_its_options_exist(path: Path) -> None:
     command.make_context(words[1], words[2:], parent=context, resilient_parsing=True)
 
 
-@pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
+def test_the_snapshotter_comes_between_node_and_containerd() -> None:
+    text = (UNITS / "p2pgz-snapshotter.service").read_text()
+    assert "After=p2pgz.service\n" in text
+    assert "Before=containerd.service\n" in text
+    assert "Requires=" not in text  # a restart of the node would end it
+    assert directives(UNITS / "p2pgz-snapshotter.service")["Type"] == "notify"
+
+
+NODES = [path for path in SERVICES if "snapshotter" not in path.name]
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda path: path.name)
 def test_what_survives_and_what_is_watched(path: Path) -> None:
     """The rules of docs/explanation/surviving.md: holder and file systems live on, and systemd keeps their descriptors."""
     service = directives(path)
@@ -81,7 +92,7 @@ def test_what_survives_and_what_is_watched(path: Path) -> None:
         assert f"/run/{service['RuntimeDirectory']}" == str(run_dir(None, {}, root=True))
 
 
-def test_the_node_keeps_the_mount_namespace_of_the_host() -> None:
+def test_who_mounts_keeps_the_mount_namespace_of_the_host() -> None:
     """Each of these would hide `[[mounts]]` from the host; they are for the drop-in, which says so."""
     hiding = {
         "ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "ProtectKernelTunables",
@@ -89,7 +100,8 @@ def test_the_node_keeps_the_mount_namespace_of_the_host() -> None:
         "ReadOnlyPaths", "InaccessiblePaths", "BindPaths", "BindReadOnlyPaths", "TemporaryFileSystem", "RootDirectory",
         "RootImage", "MountFlags", "DynamicUser",
     }  # fmt: skip
-    assert not hiding & directives(UNITS / "p2pgz.service").keys()
+    for name in ("p2pgz.service", "p2pgz-snapshotter.service"):
+        assert not hiding & directives(UNITS / name).keys()
     assert hiding & directives(UNITS / "confined.conf").keys()
 
 
