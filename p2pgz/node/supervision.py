@@ -1,8 +1,8 @@
 """What the node tells the service manager that started it: ready, reloading, stopping, alive. sd_notify(3).
 
-Called by `node.run` for `p2pgz node` and by `p2pgz snapshotter`, never for a node that a command started for itself: that one
-lives in somebody else's service. The sign of life comes from the event loop, so a node whose loop hangs is restarted. Does
-nothing where nobody asks.
+Called by `node.run` for `p2pgz node` and by `p2pgz snapshotter`, never for a node that a command started for itself: that
+one lives in somebody else's service. The sign of life comes from the event loop, so a node whose loop hangs is started
+anew. Does nothing where nobody asks.
 """
 
 from __future__ import annotations
