@@ -46,6 +46,7 @@ def test_a_host_without_a_registry_takes_an_image_whole_or_not_at_all(
     (home / "half").write_bytes(data[: len(data) // 2])
     assert "copy it again" in alone.fails(12, "import", home / "half")
     alone.fails(13, "ls", reference, "/")
+    assert alone.ask("POST", "/v1/import", {"name": "no file"})[-1]["type"] == "ConfigError"
 
     digest = alone.ok("import", file, "--json").json()["digest"]
     repository = reference.rpartition(":")[0]
