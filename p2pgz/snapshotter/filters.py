@@ -24,7 +24,7 @@ FieldOf = Callable[[tuple[str, ...]], str | None]
 _FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _ALTERNATIVE = re.compile(r"/[^/\n]*/|\|[^|\n]*\|")  # for patterns, which have quotes and backslashes in them
-_OPERATOR = re.compile(r"==|!=|~=")
+_OPERATOR = re.compile(r"[=!~]+")
 _VALUE = re.compile(r'[^\s,"]+')
 _HEX_ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})")
 
@@ -90,7 +90,7 @@ class _Parser:
         if self._at == len(self._text) or self._text[self._at] == ",":
             return Selector(tuple(path), "", "")
         operator = self._take(_OPERATOR)
-        if operator is None:
+        if operator not in ("==", "!=", "~="):
             raise self._error("an operator (== != ~=) is expected")
         value = self._quoted()
         if value is None and operator == "~=" and (raw := self._take(_ALTERNATIVE)) is not None:
