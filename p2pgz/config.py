@@ -7,19 +7,22 @@ Precedence is flag > environment > file > default. A key `pool.quota_bytes` is t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from p2pgz.core.places import Places
 from p2pgz.core.size import parse_amount
+from p2pgz.core.structcheck import Mistake, mistakes, without
 from p2pgz.errors import ConfigError
 
 CONFIG_VERSION = 1
 FLOOR_AUTO = "auto"
 FLOOR_AUTO_SHARE, FLOOR_AUTO_MAX_BYTES = 0.05, 1 << 30
 ENVIRONMENT_PREFIX = "P2PGZ_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 # environment variables with this prefix that are not configuration keys (click's completion and our process plumbing)
 ENVIRONMENT_OTHERS = frozenset({"P2PGZ_STATE_DIR", "P2PGZ_CONFIG", "P2PGZ_RUN_DIR"})
 
@@ -213,6 +216,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
     config: Config
     origins: dict[str, str]
+    places: Places
 
 
 def load(
@@ -222,55 +226,56 @@ def load(
     *,
     must_exist: bool = False,
 ) -> Loaded:
-    """Read and merge all layers; raises ConfigError that names the file, the key and what would be right."""
-    document: dict[str, Any] = {}
-    if path is not None:
-        document = _read(path, must_exist=must_exist)
+    """Read and merge all layers; raises ConfigError that names all that is wrong: where, the key, what would be right."""
+    text = _read(path, must_exist=must_exist) if path is not None else ""
+    document = _parse(text, path)
     origins = dict.fromkeys(flatten(document), "file")
-    for name, text in _environment_keys(environment).items():
-        _insert(document, name, text)
-        origins[name] = "environment"
-    for name, value in (flags or {}).items():
+    for name, value in [*_environment_keys(environment).items(), *(flags or {}).items()]:
         _insert(document, name, value)
-        origins[name] = "flag"
-    try:
-        config = msgspec.convert(document, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            _explain(error, path), hint="`p2pgz config default` prints every key with its default"
-        ) from error
+        origins[name] = "flag" if name in (flags or {}) else "environment"
+    found = mistakes(document, Config)
+    # what can be read is looked at as well, so that all is said at once
+    config = msgspec.convert(without(document, {mistake.key for mistake in found}), Config, strict=False)
+    places = Places(str(path or "configuration"), text, origins, ENVIRONMENT_PREFIX)
+    if found := [*found, *_wrong_values(config)]:
+        raise places.error(found)
+    named = {key: origins.get(key, "default") for key in flatten(msgspec.to_builtins(config))}
+    return Loaded(config, named, places)
+
+
+def _wrong_values(config: Config) -> Iterator[Mistake]:
+    """What types do not say."""
     if config.version != CONFIG_VERSION:
-        raise ConfigError(
-            f"{path}: version = {config.version} is not understood",
-            hint=f"this p2pgz reads version = {CONFIG_VERSION}",
+        yield Mistake(
+            "version", f"{config.version} is not understood", f"this p2pgz reads version = {CONFIG_VERSION}"
         )
-    if config.log.level not in {"debug", "info", "warning", "error"}:
-        raise ConfigError(
-            f"{path or 'configuration'}: log.level = {config.log.level!r}",
-            hint="one of debug, info, warning, error",
-        )
+    if config.log.level not in LOG_LEVELS:
+        yield Mistake("log.level", f"{config.log.level!r} is no level", f"one of {', '.join(LOG_LEVELS)}")
     for key in ("quota_bytes", "free_floor_bytes"):
         value = getattr(config.pool, key)
         try:
             parse_amount(0 if (key, value) == ("free_floor_bytes", FLOOR_AUTO) else value)
         except ValueError as error:
-            raise ConfigError(
-                f"{path or 'configuration'}: pool.{key}: {error}",
-                hint='for example 200000000000, "200GB" or "80%"',
-            ) from None
-    return Loaded(config, {key: origins.get(key, "default") for key in flatten(msgspec.to_builtins(config))})
+            yield Mistake(f"pool.{key}", str(error), 'for example 200000000000, "200GB" or "80%"')
 
 
-def _read(path: Path, *, must_exist: bool) -> dict[str, Any]:
+def _read(path: Path, *, must_exist: bool) -> str:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except FileNotFoundError:
         if must_exist:
             raise ConfigError(f"{path}: no such configuration file") from None
-        return {}
+        return ""
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def _parse(text: str, path: Path | None) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
@@ -318,12 +323,6 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _explain(error: msgspec.ValidationError, path: Path | None) -> str:
-    # msgspec says `… - at `$.pool.quota_bytes``; the key is what the user knows
-    text = str(error).replace("`$.", "`").replace(" - at ", " at ")
-    return f"{path or 'configuration'}: {text}"
 
 
 def dump_default() -> str:

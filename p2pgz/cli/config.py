@@ -39,9 +39,9 @@ def show(settings: Settings, /, origin: bool, as_json: bool) -> None:
 def check(settings: Settings, /) -> None:
     """Check the configuration file, the environment and the files that they name; says nothing and exits 0 when all is
     right."""
-    from p2pgz.node import live
+    from p2pgz.node import configcheck
 
-    live.check(settings.load().config)
+    configcheck.check(settings.load())
 
 
 @config.command()

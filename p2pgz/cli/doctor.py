@@ -60,7 +60,7 @@ def check_everything(settings: Settings, reference: str, options: dict[str, Any]
     from p2pgz.cli import checkup_network as network
     from p2pgz.config import Config
     from p2pgz.core.reference import parse_reference
-    from p2pgz.node import live
+    from p2pgz.node import configcheck
 
     config = Config()
 
@@ -68,7 +68,7 @@ def check_everything(settings: Settings, reference: str, options: dict[str, Any]
         nonlocal config
         loaded = settings.load()
         config = loaded.config
-        live.check(config)
+        configcheck.check(loaded)
         there = settings.config_path if settings.config_path.exists() else "defaults, no file"
         return Finding("config", "ok", str(there))
 

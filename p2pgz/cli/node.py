@@ -56,6 +56,7 @@ def node(
     import trio
 
     from p2pgz import node as daemon
+    from p2pgz.node import configcheck
     from p2pgz.telemetry import log
 
     def tell(event: dict[str, object]) -> None:
@@ -73,6 +74,7 @@ def node(
         }
         given = {key: value for key, value in flags.items() if value}
         loaded = settings.load(given)
+        configcheck.check(loaded, files=False)
         had_file = settings.config_path.exists()
         log.set_up(loaded.config.log.level)
         # Opening an image makes some hundred thousand objects without cycles: with the default thresholds the collector
@@ -84,7 +86,7 @@ def node(
             daemon.run_node,
             loaded.config,
             # a file that is gone is a mistake, not a configuration of defaults: those admit everybody
-            lambda: settings.load(given, must_exist=had_file).config,
+            lambda: configcheck.check(settings.load(given, must_exist=had_file), files=False),
             settings.state_path,
             settings.run_path,
             ephemeral,

@@ -198,11 +198,6 @@ class LiveSettings:
             await peering.readmit(prepared.admission)
 
 
-def check(config: Config) -> None:
-    """What a node would refuse of a configuration, at start or at a reload; raises ConfigError."""
-    _prepare(config)
-
-
 def _prepare(config: Config) -> _Prepared:
     peers = config.peers
     if config.http.listen not in (AUTO, NONE):

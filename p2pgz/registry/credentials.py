@@ -173,6 +173,11 @@ def _without_scheme(key: str) -> str:
     return bare.partition("/")[0] if bare != key or bare.endswith(("/v1/", "/v2/", "/v1", "/v2")) else bare
 
 
+def check_file(path: str) -> None:
+    """Whether a file that somebody chose can be read; raises ConfigError."""
+    _read(Path(path), chosen=True)
+
+
 def _read(path: Path, *, chosen: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as file:

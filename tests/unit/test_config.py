@@ -27,14 +27,20 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[pool]\nquota = 1\n", "unknown field `quota` at `pool`"),
-        ("[fetch]\nfill = 'maybe'\n", "at `fetch.fill`"),
-        ("[fetch]\nread_deadline_seconds = 0\n", "at `fetch.read_deadline_seconds`"),
-        ("version = 2\n", "version = 2"),
-        ("[log]\nlevel = 'loud'\n", "log.level"),
-        ("fetch = 1\n", "at `fetch`"),
-        ("[[sharing]]\nrepository = 'r/*'\nmode = 'all'\n", "at `sharing[0].mode`"),
-        ("[[sharing]]\nmode = 'none'\n", "at `sharing[0]`"),
+        ("[pool]\nquota = 1\n", "config.toml:2: pool.quota: no such key (did you mean pool.quota_bytes?)"),
+        ("[fetch]\nfill = 'maybe'\n", "config.toml:2: fetch.fill: 'maybe': expected true or false"),
+        (
+            "[fetch]\nread_deadline_seconds = 0\n",
+            "config.toml:2: fetch.read_deadline_seconds: 0: expected a number > 0",
+        ),
+        ("version = 2\n", "config.toml:1: version: 2 is not understood"),
+        ("[log]\nlevel = 'loud'\n", "config.toml:2: log.level: 'loud' is no level (one of debug"),
+        ("fetch = 1\n", "config.toml:1: fetch: is a table, not 1"),
+        (
+            "[[sharing]]\nrepository = 'r/*'\nmode = 'all'\n",
+            "config.toml:3: sharing[0].mode: 'all': expected one of cluster, none, proof",
+        ),
+        ("[[sharing]]\nmode = 'none'\n", "config.toml:1: sharing[0].repository: is missing"),
         ("[fetch\n", "not TOML"),
     ],
 )
@@ -78,3 +84,28 @@ def test_state_directory_selects_the_node_and_its_sockets(tmp_path):
     assert str(directories.run_dir(None, {}, root=True)) == "/run/p2pgz"
     assert directories.run_dir(str(tmp_path), environment, root=True) == tmp_path
     assert directories.run_dir(None, {"P2PGZ_STATE_DIR": str(tmp_path)}, root=True) == tmp_path
+
+
+def test_all_mistakes_are_told_at_once_with_their_places(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        "version = 1\n[pool]\nquota = 1\nquota_bytes = 'much'\n\n[fetch]\nfill_bytes_per_second = '20MB'\nfill = 3.5\n"
+        "[[mounts]]\nreference = 'x'\n[log]\nlevel = 'loud'\n"
+    )
+    environment = {"P2PGZ_PEERS__ENABLED": "perhaps", "P2PGZ_NONSENSE__KEY": "1"}
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, environment, {"registry.connections": 0})
+    assert caught.value.what.replace(str(path), "F").splitlines() == [
+        "9 mistakes in the configuration:",
+        "  F:3: pool.quota: no such key (did you mean pool.quota_bytes?)",
+        "  F:7: fetch.fill_bytes_per_second: '20MB': expected a whole number, got a text"
+        " (a number of bytes a second, without a unit)",
+        "  F:8: fetch.fill: 3.5: expected true or false, got a number",
+        "  F:9: mounts[0].directory: is missing",
+        "  environment variable P2PGZ_PEERS__ENABLED: peers.enabled: 'perhaps': expected one of always, auto, never",
+        "  environment variable P2PGZ_NONSENSE__KEY: nonsense: no such key",
+        "  command line: registry.connections: 0: expected a whole number >= 1",
+        "  F:12: log.level: 'loud' is no level (one of debug, info, warning, error)",
+        "  F:4: pool.quota_bytes: 'much' is not a number of bytes, nor like 200GB, 64GiB or 80%"
+        ' (for example 200000000000, "200GB" or "80%")',
+    ]
