@@ -1,10 +1,10 @@
-# make demo | test | page | lint | coverage | wheel-test | docs | packages | kubernetes | lock | clean
+# make demo | test | page | lint | coverage | wheel-test | docs | packages | boot-test | kubernetes | lock | clean
 #
 # Every target sets up what it needs (.ci/setup: Debian packages when root, the virtual environment .venv) and writes
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test page unit kills evict crashpoints soak sim dht-promise containerd lint format coverage coverage-report wheel-test docs packages kubernetes lock changelog clean
+.PHONY: help setup demo test page unit kills evict crashpoints soak sim dht-promise containerd lint format coverage coverage-report wheel-test docs packages boot-test kubernetes lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -115,6 +115,11 @@ docs: setup
 # dist/packages/*.deb and *.rpm, for hosts with this machine's release or a later one; needs Go, for nfpm
 packages: setup
 	@.ci/packages
+
+# What `make packages` has made, in a new Debian that boots with systemd; as root, needs debootstrap and systemd-nspawn
+boot-test:
+	@.ci/setup test
+	@.ci/boot-test $(ARGS)
 
 # The manifests in configs/kubernetes from the Helm chart, both checked; needs Go, for helm and kubeconform
 kubernetes: setup
