@@ -84,7 +84,8 @@ class FetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """limit of the background fetch, from wherever it comes (compressed bytes of registries, uncompressed of peers); 0:
     none"""
     fill_delay_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    """how long after the mount the background fetch starts, so that a start-up has the link for itself"""
+    """how long nothing must have been asked for after a mount before the background fetch starts, so that a start-up has
+    the link for itself; after a minute it starts in any case"""
     startup_list: bool = True
     """record which chunks of an image are read first, tell peers, and fetch those first at the next mount, here or there"""
 

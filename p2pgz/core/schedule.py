@@ -41,6 +41,11 @@ REQUEST_MAX_BYTES: Final = {
 # Sequential readers: each chunk that follows its predecessor doubles the read-ahead, up to this many uncompressed bytes.
 READ_AHEAD_MAX_BYTES: Final = 16 << 20
 READ_AHEAD_MIN_BYTES: Final = 512 << 10
+# Who has gone from the end of one file to the next so often will go on to further ones (tar, cp, grep); programs that start
+# read a file here and one there
+FILES_IN_A_ROW: Final = 3
+# Chunks that are here already and may lie between the last missing one of a reader and the next
+STEP_OVER_CHUNKS: Final = 64
 # EWMA weight of a new sample: the last ~8 requests count
 LINK_SAMPLE_WEIGHT: Final = 0.125
 
@@ -136,9 +141,11 @@ def choose(
 
 
 class SequentialReads:
-    """Recognises readers that go through a file chunk by chunk, and says how far to read ahead of them.
+    """Recognises readers that go through a file, or one file after the other, chunk by chunk, and says how far to read
+    ahead of them.
 
-    Keeps the last few positions only; a forgotten reader starts again with the smallest read-ahead.
+    Hears of chunks that were missing only: what came as somebody's neighbour or by read-ahead is stepped over. Keeps the
+    last few positions; a forgotten reader starts again with the smallest read-ahead.
     """
 
     POSITIONS: Final = 64
@@ -146,21 +153,43 @@ class SequentialReads:
     __slots__ = ("_next",)
 
     def __init__(self) -> None:
-        self._next: dict[int, int] = {}  # first chunk that would continue a reader -> its read-ahead in bytes
+        # first chunk that would continue a reader -> its read-ahead in bytes, and how many files it has gone on to
+        self._next: dict[int, tuple[int, int]] = {}
 
-    def ahead(self, first: int, count: int, size: Sequence[int], contiguous: Callable[[int], bool]) -> int:
+    def ahead(
+        self,
+        first: int,
+        count: int,
+        size: Sequence[int],
+        contiguous: Callable[[int], bool],
+        present: Callable[[int], bool],
+    ) -> int:
         """How many chunks after first+count to read ahead for the demand [first, first+count).
 
-        `contiguous(n)` says whether chunk n goes on where chunk n - 1 ends (the same file).
+        `contiguous(n)` says whether chunk n goes on where chunk n - 1 ends (the same file), `present(n)` whether it is here.
         """
-        budget = self._next.pop(first, 0)
+        budget, files = self._reader_at(first, contiguous, present)
         end = first + count
         following = min(READ_AHEAD_MAX_BYTES, max(READ_AHEAD_MIN_BYTES, 2 * budget))
-        self._next[end] = following
+        self._next[end] = following, files
         if len(self._next) > self.POSITIONS:
             del self._next[next(iter(self._next))]
         ahead = 0
-        while budget > 0 and end + ahead < len(size) and contiguous(end + ahead):
+        while budget > 0 and end + ahead < len(size):
+            if files < FILES_IN_A_ROW and not contiguous(end + ahead):
+                break
             budget -= size[end + ahead]
             ahead += 1
         return ahead
+
+    def _reader_at(
+        self, first: int, contiguous: Callable[[int], bool], present: Callable[[int], bool]
+    ) -> tuple[int, int]:
+        """Forget the reader that has come to this chunk; its read-ahead, and its files with this chunk's counted."""
+        at = first
+        while at not in self._next:
+            at -= 1
+            if at < 0 or first - at > STEP_OVER_CHUNKS or not present(at):
+                return 0, 0
+        budget, files = self._next.pop(at)
+        return budget, files + sum(not contiguous(n) for n in range(max(1, at), first + 1))

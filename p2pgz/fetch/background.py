@@ -6,7 +6,7 @@ everything bounded: one batch of flights at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 import trio
@@ -23,6 +23,8 @@ BATCH_BYTES = 16 << 20
 # after a failed batch the source is left alone for a while; mounts can last for months, so it never gives up
 RETRY_START_SECONDS = 5.0
 RETRY_MAX_SECONDS = 600.0
+# a program that misses chunks for longer than this does not start, it works: then the rest may come beside it
+CALM_MAX_SECONDS = 60.0
 
 
 def batches(
@@ -65,9 +67,17 @@ async def prefetch(fetcher: ChunkFetcher, segment: Segment, until: int) -> None:
             return
 
 
-async def fill(fetcher: ChunkFetcher, segments: Sequence[Segment], *, delay_seconds: float) -> None:
+async def calm(requests: Callable[[], int], *, delay_seconds: float) -> None:
+    """Return when a program has started: for `delay_seconds` nothing was asked for, or that goes on and on."""
+    with trio.move_on_after(delay_seconds and CALM_MAX_SECONDS):
+        seen = -1
+        while seen != requests():
+            seen = requests()
+            await trio.sleep(delay_seconds)
+
+
+async def fill(fetcher: ChunkFetcher, segments: Sequence[Segment]) -> None:
     """Fetch all that is missing of an image, politely; returns when everything is here."""
-    await trio.sleep(delay_seconds)
     for segment in segments:
         retry_seconds = RETRY_START_SECONDS
         while segment.presence.present_count() < segment.table.chunk_count:

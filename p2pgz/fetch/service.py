@@ -232,7 +232,7 @@ class ChunkFetcher:
         def contiguous(n: int) -> bool:
             return table.segment_offset[n] == table.segment_offset[n - 1] + table.size[n - 1]
 
-        ahead = origin.readers.ahead(first, count, table.size, contiguous)
+        ahead = origin.readers.ahead(first, count, table.size, contiguous, segment.presence.has)
         missing = segment.presence.missing(first + count, ahead) if ahead else []
         if missing:
             self._start(segment, missing, Priority.READ_AHEAD)

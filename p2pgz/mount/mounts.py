@@ -20,7 +20,7 @@ import trio
 from p2pgz import __version__
 from p2pgz.config import FetchConfig
 from p2pgz.errors import ImageNotFound, MountUnavailable, P2pgzError, StateError
-from p2pgz.fetch.background import fill
+from p2pgz.fetch.background import calm, fill
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image.opened import OpenImage
 from p2pgz.mount.records import MountDocument, MountOptions, from_record, to_record
@@ -158,10 +158,11 @@ class Mounts:
             if mounted.startup is not None:
                 nursery.start_soon(mounted.startup.run)
             if mounted.options.fill:
-                delay = self.config.fill_delay_seconds
 
                 async def fill_all() -> None:
-                    await fill(self._fetcher, mounted.image.segments, delay_seconds=delay)
+                    requests = lambda: mounted.session.stats.requests  # noqa: E731
+                    await calm(requests, delay_seconds=self.config.fill_delay_seconds)
+                    await fill(self._fetcher, mounted.image.segments)
                     mounted.session.set_read_ahead(READ_AHEAD_COMPLETE_KB)
 
                 nursery.start_soon(fill_all)

@@ -22,6 +22,7 @@ import trio
 
 from p2pgz import __version__
 from p2pgz.errors import ConfigError, SourceUnavailable, SourceUnreachable
+from p2pgz.registry.network import LargeReads
 from p2pgz.registry.options import RegistryStats
 
 CONNECT_SECONDS = (
@@ -254,7 +255,7 @@ class Transport:
                     ssl_context=context,
                     max_connections=MAX_CONNECTIONS,
                     keepalive_expiry=KEEPALIVE_SECONDS,
-                    network_backend=httpcore2.TrioBackend(),
+                    network_backend=LargeReads(),
                 )
             return self._pools[encrypts]
 

@@ -129,10 +129,14 @@ def test_the_window_follows_rate_times_delay_within_bounds():
     assert link.window_bytes() == WINDOW_MAX_BYTES
 
 
+def nothing_is_here(n: int) -> bool:
+    return False
+
+
 def test_read_ahead_doubles_for_a_sequential_reader_and_stays_bounded():
     size = [64 * KIB] * 10_000
     reads = SequentialReads()
-    amounts = [reads.ahead(position, 1, size, lambda n: True) for position in range(12)]
+    amounts = [reads.ahead(position, 1, size, lambda n: True, nothing_is_here) for position in range(12)]
     assert amounts[0] == 0
     assert amounts[1] == READ_AHEAD_MIN_BYTES // (64 * KIB)
     assert amounts[2] == 2 * amounts[1]
@@ -142,12 +146,45 @@ def test_read_ahead_doubles_for_a_sequential_reader_and_stays_bounded():
 def test_read_ahead_ends_with_the_file():
     size = [64 * KIB] * 100
     reads = SequentialReads()
-    reads.ahead(0, 1, size, lambda n: n < 3)
-    assert reads.ahead(1, 1, size, lambda n: n < 3) == 1
+    reads.ahead(0, 1, size, lambda n: n < 3, nothing_is_here)
+    assert reads.ahead(1, 1, size, lambda n: n < 3, nothing_is_here) == 1
+
+
+def test_reader_of_one_file_after_the_other_is_read_ahead_of_from_the_fourth_on():
+    size = [100 << 10] * 1000
+    reads = SequentialReads()
+    amounts = [reads.ahead(n, 1, size, lambda n: False, nothing_is_here) for n in range(8)]
+    assert amounts[:3] == [0, 0, 0]
+    assert amounts[3] * size[0] >= 2 << 20
+    assert amounts == sorted(amounts)
+
+
+def test_reader_is_known_again_behind_what_came_by_read_ahead():
+    size = [256 << 10] * 1000
+    reads = SequentialReads()
+    here: set[int] = set()
+    at, misses = 0, 0
+    while at < 500:
+        if at not in here:
+            misses += 1
+            here.add(at)
+            here |= set(range(at + 1, at + 1 + reads.ahead(at, 1, size, lambda n: True, here.__contains__)))
+        at += 1
+    assert misses < 20
+
+
+def test_reader_that_jumps_is_another_one():
+    size = [256 << 10] * 1000
+    reads = SequentialReads()
+    reads.ahead(0, 1, size, lambda n: True, nothing_is_here)
+    assert (
+        reads.ahead(3, 1, size, lambda n: True, nothing_is_here) == 0
+    )  # 1 and 2 are not here: nobody came by there
+    assert reads.ahead(100, 1, size, lambda n: True, lambda n: True) == 0  # too far
 
 
 def test_random_readers_get_no_read_ahead_and_memory_is_bounded():
     size = [64 * KIB] * 10_000
     reads = SequentialReads()
-    assert all(reads.ahead(n, 1, size, lambda n: True) == 0 for n in range(0, 9_000, 7))
+    assert all(reads.ahead(n, 1, size, lambda n: True, nothing_is_here) == 0 for n in range(0, 9_000, 7))
     assert len(reads._next) <= SequentialReads.POSITIONS

@@ -13,7 +13,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.reference import parse_reference
 from p2pgz.core.schedule import Priority
 from p2pgz.errors import ChunkCorrupt, ImageNotFound, SourceUnavailable
-from p2pgz.fetch.background import fill, prefetch
+from p2pgz.fetch.background import CALM_MAX_SECONDS, calm, fill, prefetch
 from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
@@ -264,16 +264,27 @@ async def test_the_start_up_class_yields_to_a_blocked_read_of_other_bytes(tmp_pa
 async def test_fill_brings_everything_and_respects_its_rate(tmp_path, autojump_clock):
     async with bench(tmp_path, fill_bytes_per_second=20_000) as b:
         started = trio.current_time()
-        await fill(b.fetcher, [b.segment], delay_seconds=1.0)
+        await fill(b.fetcher, [b.segment])
         payload = sum(end - start for _, start, end in b.source.requests)
         assert b.segment.presence.present_count() == b.table.chunk_count
-        assert trio.current_time() - started >= 1.0 + payload / 20_000 - 0.5
+        assert trio.current_time() - started >= payload / 20_000 - 0.5
+
+
+@pytest.mark.parametrize(
+    ("busy_seconds", "delay_seconds", "least", "most"),
+    [(0, 0, 0, 0), (0, 5, 5, 5), (12, 5, 15, 20), (1000, 5, CALM_MAX_SECONDS, CALM_MAX_SECONDS)],
+)
+async def test_fill_begins_when_a_start_is_over(autojump_clock, busy_seconds, delay_seconds, least, most):
+    started = trio.current_time()
+    passed = lambda: trio.current_time() - started  # noqa: E731
+    await calm(lambda: int(min(passed(), busy_seconds)), delay_seconds=delay_seconds)
+    assert least <= passed() <= most
 
 
 async def test_fill_outlives_a_dead_source(tmp_path, autojump_clock):
     async with bench(tmp_path) as b:
         b.source.faults.extend([Fault(0, SourceUnavailable("down"))] * 20)
-        await fill(b.fetcher, [b.segment], delay_seconds=0)
+        await fill(b.fetcher, [b.segment])
         assert b.segment.presence.present_count() == b.table.chunk_count
 
 
