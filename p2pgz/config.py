@@ -105,6 +105,14 @@ class MountConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """how long readers wait for a missing file system process before the mount is given up and they get an error"""
 
 
+class SnapshotterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`p2pgz snapshotter`: containerd's containers."""
+
+    require_verified_diffid: bool = False
+    """take a layer only after all of it was read once and found to be what its diff id and its TOC say; for hosts of several
+    tenants"""
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The daemon itself."""
 
@@ -202,6 +210,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registry: RegistryConfig = RegistryConfig()
     fetch: FetchConfig = FetchConfig()
     mount: MountConfig = MountConfig()
+    snapshotter: SnapshotterConfig = SnapshotterConfig()
     node: NodeConfig = NodeConfig()
     http: HttpConfig = HttpConfig()
     peers: PeersConfig = PeersConfig()

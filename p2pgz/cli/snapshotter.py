@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -15,23 +15,47 @@ from p2pgz.cli.context import Settings, image_request, registry_options
 from p2pgz.errors import NodeUnavailable, P2pgzError
 from p2pgz.snapshotter.images import Lazy, Wanted
 
+# images that are being pulled
+KNOWN_MAX = 64
+
+
+class _Known(NamedTuple):
+    """What the node said of an image that was asked for by digest."""
+
+    reference: str
+    layers: list[tuple[str, str]]
+    """digest and chain id of each"""
+
 
 class NodeImages:
     """The node, asked through its control socket; started when none runs."""
 
-    def __init__(self, settings: Settings, options: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, options: dict[str, Any], *, verified_diffids: bool) -> None:
         self._settings = settings
         self._options = options
+        self._verified = verified_diffids
+        self._known: dict[str, _Known] = {}
+        self._lock = threading.Lock()
 
     def _node(self) -> NodeClient:
         return running_node(self._settings)
 
     def find(self, wanted: Wanted) -> Lazy:
-        """See `snapshotter.images.Images`."""
-        request = image_request(wanted.reference, self._options)
-        found = self._node().call(
-            "/v1/layers", {**request, "layer": wanted.layer, "chain_id": wanted.chain_id}
-        )
+        """See `snapshotter.images.Images`. A puller asks for one layer after the other: the node is asked once."""
+        with self._lock:
+            known = self._known.get(wanted.reference)
+        if known is not None and (wanted.layer, wanted.chain_id) in known.layers:
+            number = known.layers.index((wanted.layer, wanted.chain_id))
+            return Lazy(reference=known.reference, layers=number + 1, total=len(known.layers))
+        request = {**image_request(wanted.reference, self._options), "verified_diffids": self._verified}
+        asked = {**request, "layer": wanted.layer, "chain_id": wanted.chain_id}
+        found = self._node().call("/v1/layers", asked)
+        with self._lock:
+            if "@" in wanted.reference:  # what a tag means may change
+                layers = list(zip(found["layer_digests"], found["chain_ids"], strict=True))
+                self._known[wanted.reference] = _Known(found["reference"], layers)
+                while len(self._known) > KNOWN_MAX:
+                    del self._known[next(iter(self._known))]
         return Lazy(reference=found["reference"], layers=found["layers"], total=found["total"])
 
     def mount(self, lazy: Lazy, directory: Path) -> None:
@@ -89,10 +113,12 @@ def snapshotter(settings: Settings, /, address: str, root: str, **options: Any) 
     from p2pgz.snapshotter.service import Snapshotter
     from p2pgz.telemetry import log
 
-    log.set_up(settings.load().config.log.level)
+    config = settings.load().config
+    log.set_up(config.log.level)
     socket = Path(address).absolute() if address else settings.run_path / "p2pgz.sock"
     directory = Path(root).absolute() if root else settings.state_path / "snapshotter"
-    service = Snapshotter(directory, NodeImages(settings, options))
+    images = NodeImages(settings, options, verified_diffids=config.snapshotter.require_verified_diffid)
+    service = Snapshotter(directory, images)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

@@ -227,9 +227,23 @@ class ImageOpener:
         self, reference: Reference, source: ImageSource, image: OpenImage
     ) -> tuple[Manifest, ImageConfig]:
         """Manifest and config of an image that is open."""
+        manifest, place = await self._manifest_of(reference, source, image)
+        return manifest, await self._config(source, manifest, place.access)
+
+    async def layers_of(self, reference: Reference, source: ImageSource, image: OpenImage) -> list[OpenLayer]:
+        """The layers of an image that is open, with their TOCs."""
+        manifest, place = await self._manifest_of(reference, source, image)
+        wanted = Wanted(
+            reference=reference, source=source, manifest=manifest, place=place, allow_unverified_toc=False
+        )
+        return await self._open_layers(wanted, silent)
+
+    async def _manifest_of(
+        self, reference: Reference, source: ImageSource, image: OpenImage
+    ) -> tuple[Manifest, Place]:
         descriptor = Descriptor(media_type="", digest=image.digest, size=SIZE_UNKNOWN)
         manifest, place, _ = await self._manifest(reference, source, Platform.of("linux", ""), descriptor)
-        return manifest, await self._config(source, manifest, place.access)
+        return manifest, place
 
     async def _config(self, source: ImageSource, manifest: Manifest, access: Access) -> ImageConfig:
         document = await self._document(source, manifest.config, access)

@@ -109,7 +109,7 @@ class Node:
             self.platform,
             has_peers=peering is not None,
         )
-        self.layers = Layers(self.open_image, opener, sources)
+        self.layers = Layers(self.open_image, opener, sources, pool.directory.parent)
         self._started = time.monotonic()
         self.http_urls: list[str] = []
         """where its status page is"""
@@ -141,6 +141,7 @@ class Node:
             "mounts": self.mounts.status(),
             "seeds": self.seeds.status(),
             "unpacked": self.layers.status(),
+            "diffid_conflicts": self.layers.diff_ids.status(),
             "pool": self._pool_status(),
             "sources": {
                 "pool": {"chunks": counters.pool_chunks, "bytes": counters.pool_bytes},

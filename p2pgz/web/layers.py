@@ -12,7 +12,8 @@ from p2pgz.web.streaming import Progress, events
 
 
 class LayerRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Open an image and find the layer with the blob `layer` that, with those below it, has this `chain_id`."""
+    """Open an image and find the layer with the blob `layer` that, with those below it, has this `chain_id`. With
+    `verified_diffids` each layer up to it is read once and compared with its diff id."""
 
     reference: str
     layer: str
@@ -22,6 +23,7 @@ class LayerRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ca_file: str = ""
     hosts_dir: str = ""
     user: str = ""
+    verified_diffids: bool = False
 
 
 class UnpackedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

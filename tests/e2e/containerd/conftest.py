@@ -41,6 +41,7 @@ def small_registry(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         for tag, size in (
             ("nameless", "131072"),
             ("right", "65536"),
+            ("verified", "98304"),
         ):  # other chunks: the same files in other layers
             command = [
                 "convert",
@@ -52,6 +53,7 @@ def small_registry(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
             ]
             lab_images.run(sys.executable, "-m", "p2pgz", *command)
         push_liar(registry, "lab/small", "right", "liar")
+        push_claimant(registry, "lab/small", "verified", "claimant")
         yield registry
 
 
@@ -64,6 +66,39 @@ def push_liar(registry: RunningRegistry, repository: str, source: str, target: s
     headers = {"Content-Type": OCI_MANIFEST}
     connection.request("PUT", f"/v2/{repository}/manifests/{target}", json.dumps(manifest), headers)
     assert connection.getresponse().status == 201
+    connection.close()
+
+
+def push_claimant(registry: RunningRegistry, repository: str, source: str, target: str) -> None:
+    """The image again, but its config claims that the last layer has another's diff id."""
+    connection = http.client.HTTPConnection("127.0.0.1", registry.port, timeout=10)
+
+    def ask(method: str, path: str, body: bytes = b"", **headers: str) -> tuple[bytes, str]:
+        connection.request(
+            method, path, body, {name.replace("_", "-"): text for name, text in headers.items()}
+        )
+        answer = connection.getresponse()
+        said = answer.read()
+        assert answer.status in (200, 201, 202), (method, path, answer.status, said)
+        return said, answer.headers.get("Location", "")
+
+    manifest = json.loads(ask("GET", f"/v2/{repository}/manifests/{source}", Accept=OCI_MANIFEST)[0])
+    config = json.loads(ask("GET", f"/v2/{repository}/blobs/{manifest['config']['digest']}")[0])
+    config["rootfs"]["diff_ids"][-1] = str(Digest.of(b"the layer of somebody else"))
+    document = json.dumps(config).encode()
+    manifest["config"].update(digest=str(Digest.of(document)), size=len(document))
+    _, place = ask("POST", f"/v2/{repository}/blobs/uploads/")
+    place = place.partition(registry.address)[2] or place
+    mark = "&" if "?" in place else "?"
+    ask(
+        "PUT", f"{place}{mark}digest={Digest.of(document)}", document, Content_Type="application/octet-stream"
+    )
+    ask(
+        "PUT",
+        f"/v2/{repository}/manifests/{target}",
+        json.dumps(manifest).encode(),
+        Content_Type=OCI_MANIFEST,
+    )
     connection.close()
 
 

@@ -108,6 +108,25 @@ def test_an_image_that_the_node_refuses_is_unpacked_with_the_reason(engine: Engi
     assert engine.p2pgz("why", f"{image}:es", check=False).returncode != 0
 
 
+def test_a_layer_that_must_be_its_diff_id_is_read_first(engine: Engine, image: str) -> None:
+    engine.end("snapshotter")
+    engine.environment["P2PGZ_SNAPSHOTTER__REQUIRE_VERIFIED_DIFFID"] = "true"
+    try:
+        engine.start_snapshotter()
+        engine.pull(f"{image}:verified")
+        assert any(f"{image}:verified" in mount["ref"] for mount in engine.status()["mounts"])
+        failed = engine.ctr(
+            "images", "pull", "--plain-http", "--snapshotter", "p2pgz", f"{image}:claimant", check=False
+        )
+        assert "wrong diff id" in failed.stderr  # containerd unpacks it, and finds the same
+        assert not any("claimant" in mount["ref"] for mount in engine.status()["mounts"])
+        assert engine.status()["diffid_conflicts"][-1]["effect"] == "this one is refused"
+    finally:
+        del engine.environment["P2PGZ_SNAPSHOTTER__REQUIRE_VERIFIED_DIFFID"]
+        engine.end("snapshotter")
+        engine.start_snapshotter()
+
+
 class Namespace:
     """The engine in another namespace of containerd."""
 
