@@ -18,6 +18,8 @@ from p2pgz.cli.status import human_bytes
 from p2pgz.errors import UsageError
 
 PIECE_BYTES: Final = 256 << 10
+# Of a file, between two words of progress
+SHOW_BYTES: Final = 16 << 20
 
 output_option = click.option(
     "-o",
@@ -67,7 +69,7 @@ def export(
                 body = _pieces(stack.enter_context(_opened(missing_from)))
         client = running_node(settings)
         pieces = client.read("/v1/export", request, body)
-        count = _write(output, pieces)
+        count = _write(output, _counted(pieces, "written", show_progress(settings)))
     if as_json and output != "-":
         print_json({"reference": reference, "file": output, "file_bytes": count})
     elif output != "-":
@@ -100,7 +102,8 @@ def import_(settings: Settings, /, file: str, digest: str, check: bool, as_json:
     if not check:
         with _opened(file) as stream:
             client = running_node(settings)
-            found = client.send("/v1/import", {"name": file, "digest": digest}, _pieces(stream))
+            sent = _counted(_pieces(stream), "taken in", progress)
+            found = client.send("/v1/import", {"name": file, "digest": digest}, sent)
             found.pop("event")
     if as_json:
         print_json(found)
@@ -139,7 +142,7 @@ def _check(file: str, digest: str, progress: Any) -> dict[str, Any]:
                         f"{file}: it is {head.manifest}, not {digest}",
                         hint="this is another file than the one that you mean, or somebody has changed it",
                     )
-                if progress is not None and reader.chunk_bytes - shown > (32 << 20):
+                if progress is not None and reader.chunk_bytes - shown > SHOW_BYTES:
                     shown = reader.chunk_bytes
                     progress({"text": f"checked {human_bytes(shown)}"})
         reader.finish()
@@ -171,6 +174,19 @@ def _opened(file: str) -> Iterator[IO[bytes]]:
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
     while piece := stream.read(PIECE_BYTES):
         yield piece
+
+
+def _counted(pieces: Iterator[bytes], what: str, progress: Any) -> Iterator[bytes]:
+    """The same pieces; on a terminal people see how many bytes have passed."""
+    count = shown = 0
+    for piece in pieces:
+        yield piece
+        count += len(piece)
+        if progress is not None and count - shown >= SHOW_BYTES:
+            shown = count
+            progress({"text": f"{human_bytes(count)} {what}"})
+    if progress is not None:
+        progress({"text": ""})
 
 
 def _write(output: str, pieces: Iterator[bytes]) -> int:

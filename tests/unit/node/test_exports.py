@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import trio.testing
 
-from p2pgz.cli.exports import _write
+from p2pgz.cli.exports import _counted, _write
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.ports import Holder
 from p2pgz.core.reference import parse_reference
@@ -68,6 +68,14 @@ def test_the_other_side_needs_a_name() -> None:
     assert str(_name(local, "registry.example/x")) == "registry.example/x:latest"
     with pytest.raises(UsageError, match="needs a name"):
         _name(local, "")
+
+
+def test_people_see_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pgz.cli.exports.SHOW_BYTES", 3)
+    said: list[dict[str, str]] = []
+    assert list(_counted(iter([b"ab", b"cd", b"e"]), "written", said.append)) == [b"ab", b"cd", b"e"]
+    assert [event["text"] for event in said] == ["4 B written", ""]
+    assert list(_counted(iter([b"ab"]), "written", None)) == [b"ab"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
