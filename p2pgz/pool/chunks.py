@@ -165,7 +165,9 @@ class ChunkStore:
 
     async def _refuse_without_room(self, segment: Segment, size: int) -> None:
         room = self.room
-        if room is None or not size or (room.keeps and (room.admits(size) or await room.make(size))):
+        if room is None or not size:
+            return
+        if not self._index.lacks_reserve and room.keeps and (room.admits(size) or await room.make(size)):
             return
         raise PoolFull(
             f"{segment.path}: nothing more is kept at the moment",
@@ -325,7 +327,7 @@ class ChunkStore:
             segment.on_record.clear(n)
         try:
             await self._index.write(
-                lambda connection: erase(connection, segment, chunks, record), durable=durable
+                lambda connection: erase(connection, segment, chunks, record, held_bytes), durable=durable
             )
             segment.on_record = record
         finally:

@@ -226,8 +226,8 @@ class Committer:
 def _record(
     connection: apsw.Connection, segment: Segment, chunks: list[int], record: Presence
 ) -> tuple[int, int]:
-    """Write chunks and the files they complete. `record` has what is durable, and gets these too."""
-    new = [n for n in chunks if not record.has(n)]
+    """Write chunks and the files they complete. `record` has what is durable, and gets these too. May be called again."""
+    new = [n for n in chunks if not segment.on_record.has(n)]
     record.set_many(chunks)
     digest = segment.table.digest
     connection.executemany(
@@ -281,9 +281,11 @@ def file_row(segment: Segment, extent: FileExtent) -> FileRow:
     return key, segment.row, extent.segment_offset, extent.first_chunk, extent.chunk_count, size
 
 
-def erase(connection: apsw.Connection, segment: Segment, chunks: Collection[int], record: Presence) -> None:
-    """Take chunks, and the files they are part of, out of the index; `record` loses them too."""
-    gone = [n for n in chunks if record.has(n)]
+def erase(
+    connection: apsw.Connection, segment: Segment, chunks: Collection[int], record: Presence, held_bytes: int
+) -> None:
+    """Take chunks, and the files they are part of, out of the index; `record` loses them too, and holds `held_bytes` then.
+    May be called again."""
     for n in chunks:
         record.clear(n)
     digest = segment.table.digest
@@ -307,5 +309,5 @@ def erase(connection: apsw.Connection, segment: Segment, chunks: Collection[int]
         )
     connection.execute(
         "UPDATE segments SET present = ?, held_chunks = ?, held_bytes = ?, verified = NULL WHERE row = ?",
-        (record.to_bytes(), record.present_count(), segment.held_bytes - segment.bytes_of(gone), segment.row),
+        (record.to_bytes(), record.present_count(), held_bytes, segment.row),
     )

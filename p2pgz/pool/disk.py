@@ -73,8 +73,9 @@ _libc.statfs.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
 class Disk:
     """The real thing."""
 
-    sqlite_vfs: str | None = None
-    """what SQLite does its own changes through; None is SQLite's own"""
+    sqlite_vfs: str = "unix-excl"
+    """what SQLite does its own changes through. This one keeps the map of the log in memory, for one process: in a mapped
+    file, a page for which a copying file system finds no room would end us (SIGBUS)"""
 
     def create(self, path: Path) -> int:
         """A new file in place of what has this name, open for writing."""
@@ -167,7 +168,12 @@ def read_fully(fd: int, count: int, offset: int) -> bytes:
 
 def is_full(error: OSError) -> bool:
     """Whether the disk, a quota or a file size limit had no room."""
-    return error.errno in _FULL_ERRNOS
+    return means_full(error.errno)
+
+
+def means_full(code: int | None) -> bool:
+    """Whether an errno says so."""
+    return code in _FULL_ERRNOS
 
 
 def named(error: OSError, what: str) -> PoolFull | StateError:
@@ -195,7 +201,12 @@ def refuse_unfit_file_system(directory: Path) -> None:
         raise StateError(f"{directory} is on {name}, which cannot hold the pool", hint=_ELSEWHERE)
     path = directory / ("holes" + TEMPORARY_SUFFIX)
     disk = Disk()
-    fd = disk.create(path)
+    try:
+        fd = disk.create(path)
+    except OSError as error:
+        if is_full(error):  # it cannot tell, and was asked when it was not full
+            return
+        raise
     try:
         disk.unlink(path)
         disk.pwrite(fd, bytes(_PROBE_BYTES), 0)
@@ -206,7 +217,7 @@ def refuse_unfit_file_system(directory: Path) -> None:
                 f"{directory} is on a file system that punches no holes, so nothing could be evicted",
                 hint=_ELSEWHERE,
             ) from error
-        if not is_full(error):  # a full disk cannot tell, and was asked when it was not
+        if not is_full(error):
             raise
     finally:
         os.close(fd)
@@ -264,19 +275,25 @@ class Reserve:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.is_there = False
+        """whether some of it is reserved now"""
 
     def fill(self) -> None:
         """Take the room, or the half or a quarter of it that there is; best effort. Blocks."""
+        self.is_there = False
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                if not _allocate(fd):
+                if _allocate(fd):
+                    self.is_there = True
+                else:
                     self._path.unlink()
             finally:
                 os.close(fd)
 
     def release(self) -> bool:
         """Give the room up; false when it was given up before."""
+        self.is_there = False
         try:
             self._path.unlink()
         except FileNotFoundError:
@@ -318,8 +335,12 @@ def locked(path: Path) -> Iterator[None]:
                 f"{path.parent} is in use by another node (process {holder})",
                 hint="stop that node, or give this one its own --state-dir",
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            if not is_full(error):  # the lock is what counts; the number is for people
+                raise
         yield
     finally:
         os.close(fd)

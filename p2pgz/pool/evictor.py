@@ -28,6 +28,7 @@ from p2pgz.core.eviction import (
 )
 from p2pgz.core.model import ChunkKind
 from p2pgz.errors import P2pgzError, PoolFull, StateError
+from p2pgz.pool.measure import allocated_bytes
 from p2pgz.pool.overflow import OVERFLOW_BYTES, Overflow
 from p2pgz.pool.pool import Pool
 from p2pgz.pool.presence import iterate_bits
@@ -84,7 +85,7 @@ class Evictor:
         self._evicting = trio.Lock()
         self._wake = trio.Event()
         self._aside: dict[int, float] = {}
-        self._forget_at = -math.inf
+        self._forget_at = self._evict_at = -math.inf
         self._complained_at = -COMPLAIN_AGAIN_SECONDS
         self._said_full = False
         self.counts: Counter[str] = Counter()
@@ -174,6 +175,12 @@ class Evictor:
                     break
             else:
                 self._started = False
+            if self._pool.lacks_reserve:  # nothing is kept before that is back
+                await self._evict(FREE_AT_ONCE_BYTES, GRACE_TENTHS[0])
+                await self._pool.take_reserve()
+                await self._measure()
+        if self._pool.lacks_reserve:
+            return
         if not self._keeps:
             # first of all: the room that the index gave up must not pass for room for chunks
             await self._pool.take_reserve()
@@ -315,7 +322,13 @@ class Evictor:
     async def _try_to_keep(self) -> None:
         """Back to keeping once the disk takes what waits in memory."""
         resume = max(self._floor_bytes, min(RESUME_BYTES, int(self._total_bytes * RESUME_SHARE)))
-        if self._free_bytes < resume or not self.has_slack_for(1) or not await self._write_out_waiting():
+        if self._free_bytes < resume or not self.has_slack_for(1):
+            return
+        if not await self._write_out_waiting():
+            # the system has set a quota, of which nothing tells but its refusals; or no eviction helps
+            if trio.current_time() >= self._evict_at:
+                self._evict_at = trio.current_time() + ASIDE_SECONDS
+                await self.evict(FREE_AT_ONCE_BYTES, grace_tenths=GRACE_TENTHS[0])
             return
         self._keeps = True
         if self._said_full:
@@ -348,7 +361,7 @@ class Evictor:
 
     def _measure_now(self) -> None:
         written = self._pool.written_bytes
-        self._measured_bytes = allocated_bytes(self._pool)
+        self._measured_bytes = allocated_bytes(self._pool.directory)
         self._measured_at = written
         space = os.statvfs(self._pool.directory)
         self._free_bytes = space.f_bavail * space.f_frsize
@@ -383,15 +396,3 @@ def _chunks_of(segment: Segment, copies: Copies | None) -> list[ChunkState]:
         for n in iterate_bits(here.to_bytes(segment.presence.bitmap_bytes, "little"))
         if kind[n] != ChunkKind.ZEROS
     ]
-
-
-def allocated_bytes(pool: Pool) -> int:
-    """What the pool's files take on the disk. Blocks: some microseconds a file."""
-    total = 0
-    with os.scandir(pool.directory) as entries:
-        for entry in entries:
-            try:
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-            except FileNotFoundError:
-                continue
-    return total

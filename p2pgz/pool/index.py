@@ -22,7 +22,7 @@ import structlog
 import trio
 
 from p2pgz.errors import PoolFull, StateError
-from p2pgz.pool.disk import Disk, Reserve
+from p2pgz.pool.disk import Disk, Reserve, means_full
 
 log = structlog.get_logger(component="pool")
 T = TypeVar("T")
@@ -152,6 +152,7 @@ class Index:
             # a full disk shows as one or the other, since SQLite makes files when it opens a database
             if not reserve.release():
                 raise
+            log.warning("index.reserve_used", effect="the disk is full; the pool has to shrink")
             writer, fresh = _open_or_begin(path, disk)
         reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=disk.sqlite_vfs)
         reader.set_busy_timeout(5000)
@@ -171,6 +172,11 @@ class Index:
         """Keep some room on the disk for our own writes, now that there may be some. Blocks."""
         if self._reserve is not None:
             self._reserve.fill()
+
+    @property
+    def lacks_reserve(self) -> bool:
+        """Whether that room was given up and there was none since."""
+        return self._reserve is not None and not self._reserve.is_there
 
     def close(self) -> None:
         """Close the database, folding the log into it if there is room. Blocks."""
@@ -193,7 +199,7 @@ class Index:
     async def _write(self, change: Callable[[apsw.Connection], T], *, durable: bool, from_reserve: bool) -> T:
         def attempt() -> T:
             self._writer.pragma("synchronous", "FULL" if durable else "NORMAL")
-            with _transaction(self._writer):
+            with _full_is_full(self._writer), _transaction(self._writer):
                 result = change(self._writer)
                 if durable and self.unsynced:
                     # a change that comes to nothing is no reason for SQLite to sync, and earlier ones wait for it
@@ -281,6 +287,17 @@ class Index:
             marks = ",".join("?" * len(part))
             sql = "SELECT key, segment, segment_offset, first_chunk, chunk_count FROM files WHERE key IN"
             yield from self.rows(f"{sql} ({marks})", part)
+
+
+@contextmanager
+def _full_is_full(connection: apsw.Connection) -> Iterator[None]:
+    """SQLite knows a disk without room, but takes a quota that is used up for a broken disk."""
+    try:
+        yield
+    except (apsw.IOError, apsw.CantOpenError) as error:
+        if means_full(connection.system_errno):
+            raise apsw.FullError(str(error)) from error
+        raise
 
 
 @contextmanager

@@ -190,6 +190,11 @@ class Pool(ChunkRemoval):
             )
         )
 
+    @property
+    def lacks_reserve(self) -> bool:
+        """Whether the room that is reserved for the index was given up: what is freed next belongs to that."""
+        return self._index.lacks_reserve
+
     async def take_reserve(self) -> None:
         """Reserve room for the index again, as far as there is some now."""
         await trio.to_thread.run_sync(self._index.take_reserve, limiter=self._limiter)

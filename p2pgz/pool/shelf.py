@@ -298,7 +298,7 @@ class Shelf:
             def change(connection: apsw.Connection) -> None:
                 record = Presence.private(segment.table.chunk_count)
                 record.load(segment.on_record.to_bytes())
-                erase(connection, segment, range(segment.table.chunk_count), record)
+                erase(connection, segment, range(segment.table.chunk_count), record, 0)
                 connection.execute("DELETE FROM heat WHERE segment = ?", (segment.row,))
                 connection.execute("DELETE FROM segments WHERE row = ?", (segment.row,))
 

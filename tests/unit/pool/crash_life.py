@@ -239,7 +239,7 @@ class Life:
             segment, n = self.rng.choice(there)
             self.disk.is_full = True
             await self.pool.remove_chunks(segment, [n], acknowledge)
-            self.disk.is_full = False
+            await self.room_again()
 
     async def evict(self) -> None:
         """Cold chunks go; whole files of segments that a kernel may have read by itself."""
@@ -263,7 +263,12 @@ class Life:
         self.disk.is_full = True
         with suppress(PoolFull):
             await self.pool.flush()
+        await self.room_again()
+
+    async def room_again(self) -> None:
+        """Nothing is kept before the evictor, which looks once a second, has reserved room for the index."""
         self.disk.is_full = False
+        await self.pool.take_reserve()
 
     async def tick(self) -> None:
         """Time passes, and what the pool does once a second is done."""

@@ -20,8 +20,9 @@ from p2pgz.errors import PoolFull, StateError
 from p2pgz.pool import evictor as module
 from p2pgz.pool.catalog import USER, ImageRecord
 from p2pgz.pool.disk import RESERVE_BYTES
-from p2pgz.pool.evictor import Evictor, allocated_bytes
+from p2pgz.pool.evictor import Evictor
 from p2pgz.pool.index import Index
+from p2pgz.pool.measure import allocated_bytes
 from p2pgz.pool.overflow import Overflow
 from p2pgz.pool.pool import Pool, Segment, SegmentMeta
 from p2pgz.testing.conformance_pool import Layer, check_content
@@ -101,7 +102,7 @@ async def test_quota_holds_while_more_than_it_comes_and_the_oldest_go(tmp_path: 
             make_old(segment, range(n))
             assert segment.presence.has(n)
             assert evictor.used_bytes <= QUOTA
-        assert allocated_bytes(pool) <= QUOTA
+        assert allocated_bytes(pool.directory) <= QUOTA
         kept = here(segment)
         assert kept == list(range(kept[0], CHUNKS))
         assert len(kept) * CHUNK > 0.5 * QUOTA
@@ -122,7 +123,7 @@ async def test_quota_holds_while_many_come_at_once(tmp_path: Path) -> None:
 
         def measure() -> None:
             nonlocal most
-            most = max(most, allocated_bytes(pool))
+            most = max(most, allocated_bytes(pool.directory))
 
         async def add(n: int) -> None:
             await pool.add(segment, n, layer.verified(n))
@@ -232,7 +233,7 @@ async def test_native_segment_goes_as_a_whole_into_a_new_file_and_only_unused(tm
             assert kernel.read() == b"".join(layer.chunks)
             assert not any(segment.path.read_bytes())
             assert os.fstat(kernel.fileno()).st_ino != segment.path.stat().st_ino
-        assert allocated_bytes(pool) < QUOTA
+        assert allocated_bytes(pool.directory) < QUOTA
         # and it is an ordinary one again
         await pool.add_many(segment, layer.all_verified())
         assert check_content(segment, layer) == CHUNKS
@@ -397,7 +398,7 @@ async def test_index_without_room_does_not_end_anything(
         monkeypatch.setattr(pool._index, "write", no_room_at_first)
         assert await evictor.evict(1 << 40) == CHUNKS * CHUNK
         assert attempts == 2
-        assert allocated_bytes(pool) < CHUNK
+        assert allocated_bytes(pool.directory) < CHUNK
     async with pool_of(tmp_path) as (pool, _, _):
         assert pool.stats().chunks == 0
 
@@ -514,6 +515,63 @@ async def test_what_waits_in_memory_at_the_edge_of_the_quota_is_written_or_forgo
         assert pool.overflow.bytes == 0
         assert evictor.used_bytes <= QUOTA
         assert check_content(segment, layer) == len(here(segment)) > 8
+
+
+class QuotaDisk(FaultyDisk):
+    """Of whose limit only its refusals tell, and that is given back what is punched."""
+
+    def punch(self, fd: int, offset: int, count: int) -> None:
+        super().punch(fd, offset, count)
+        if self.room_bytes is not None:
+            self.room_bytes += count
+
+
+async def test_disk_that_has_room_and_refuses_is_given_some_back(tmp_path: Path) -> None:
+    layer, disk = layer_of(35), QuotaDisk(room_bytes=10 * CHUNK)
+    disk.errno = errno.EDQUOT
+    async with pool_of(tmp_path, disk) as (pool, evictor, _):
+        segment = await pool.open_segment(layer.layout)
+        for n in range(12):
+            await pool.add(segment, n, layer.verified(n))
+        assert (evictor.keeps, len(pool.overflow) > 0) == (False, True)
+        make_old(segment)
+        await evictor._look()
+        assert not evictor.keeps
+        assert not here(segment)
+        await evictor._look()
+        assert evictor.keeps
+        assert pool.overflow.bytes == 0
+        await pool.add(segment, 20, layer.verified(20))
+        assert segment.presence.has(20)
+        assert check_content(segment, layer) == len(here(segment))
+
+
+async def test_nothing_is_kept_while_the_index_has_no_reserve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(36)
+    async with pool_of(tmp_path) as (pool, evictor, _):
+        segment = await filled(pool, layer)
+        make_old(segment)
+        reserve = pool._index._reserve
+        assert reserve is not None
+        assert not pool.lacks_reserve
+        reserve.release()
+        assert pool.lacks_reserve
+        await pool.remove_chunks(segment, [0, 1], trio.lowlevel.checkpoint)  # which reserves again
+        assert not pool.lacks_reserve
+        monkeypatch.setattr(type(reserve), "fill", lambda _: None)
+        reserve.release()
+        await pool.add(segment, 0, layer.verified(0))
+        assert pool.unkept(segment, 0) is not None
+        await evictor._look()
+        assert len(here(segment)) == 0  # whatever is freed is the index's
+        monkeypatch.undo()
+        await evictor._look()
+        assert not pool.lacks_reserve
+        await evictor._look()
+        await pool.add(segment, 1, layer.verified(1))
+        assert {0, 1} <= set(here(segment))
 
 
 async def test_what_waits_in_memory_and_is_not_asked_for_is_forgotten(

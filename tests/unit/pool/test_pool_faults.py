@@ -1,5 +1,6 @@
 """What disks, crashes and other processes do to a pool: nothing but chunks may be lost, and no wrong byte is shown."""
 
+import errno
 import hashlib
 import os
 import resource
@@ -13,7 +14,8 @@ import trio
 
 from p2pgz.core.content import content_key
 from p2pgz.core.digest import Digest
-from p2pgz.errors import ChunkMissing, PoolFull, StateError
+from p2pgz.errors import ChunkMissing, PoolFull, StateError, StateInUse
+from p2pgz.pool.disk import Disk, Reserve, locked, refuse_unfit_file_system
 from p2pgz.pool.pool import Pool, SegmentMeta
 from p2pgz.testing.conformance_pool import Layer, check_content
 from p2pgz.testing.faulty_disk import FaultyDisk
@@ -375,6 +377,64 @@ async def test_a_file_size_limit_is_a_full_pool(tmp_path):
         segment = await pool.open_segment(layer.layout)
         await pool.add_many(segment, layer.all_verified())
         assert check_content(segment, layer) == 1
+
+
+async def test_an_index_that_may_not_grow_is_full_and_not_broken(tmp_path):
+    """SQLite takes a used-up quota (here: a limit on file sizes) for a broken disk; what is reserved helps against both."""
+    async with opened(tmp_path) as pool:
+        log = tmp_path / "index.db-wal"
+        await pool.set_facts({"a": 1})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 4096, limits[1]))
+        try:
+            with pytest.raises(PoolFull):
+                await pool.set_facts({f"name {n}": "value" * 100 for n in range(100)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (tmp_path / "index.reserve").exists()  # it was tried with the room that is reserved
+        await pool.set_facts({"a": 2})
+        assert pool.fact("a") == 2
+        assert pool.fact("name 1") is None
+
+
+async def test_changes_that_needed_the_reserve_are_counted_once(tmp_path, monkeypatch):
+    layer = Layer.random(31)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    released = []
+
+    def release(_):
+        released.append(True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return True
+
+    monkeypatch.setattr(Reserve, "release", release)
+    async with opened(tmp_path) as pool:
+        segment = await pool.open_segment(layer.layout)
+        await pool.add_many(segment, layer.all_verified())
+        for change, held in (
+            (pool.flush, sum(map(len, layer.chunks))),
+            (lambda: pool.remove_chunks(segment, range(len(layer.chunks)), done), 0),
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+            try:
+                await change()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert pool.stats().bytes == segment.held_bytes == held
+        assert len(released) == 2
+
+
+async def test_a_state_directory_without_a_free_byte_can_be_locked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    async with opened(tmp_path):
+        pass
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with locked(tmp_path / "lock"), pytest.raises(StateInUse), locked(tmp_path / "lock"):
+        pass
+    monkeypatch.setattr(Disk, "create", refuse)
+    refuse_unfit_file_system(Path("/var/tmp"))
 
 
 @pytest.mark.root
