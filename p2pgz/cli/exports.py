@@ -37,7 +37,7 @@ output_option = click.option(
     "--missing-from",
     default="",
     metavar="FILE|PEER",
-    help="Leave out what the other side has: its `p2pgz inventory`, or a connected peer by its id.",
+    help="Leave out what the other side has: its `p2pgz inventory`, or a connected peer by its id or address.",
 )
 @click.option("--as", "name", default="", metavar="NAME", help="What to call the image there; default: REF.")
 @registry_options
@@ -62,7 +62,7 @@ def export(
     body: Iterator[bytes] = iter(())
     with contextlib.ExitStack() as stack:
         if missing_from:
-            if not Path(missing_from).exists() and "/" not in missing_from and missing_from[:1] in "1Q":
+            if not Path(missing_from).exists() and "/" not in missing_from and missing_from != "-":
                 request["peer"] = missing_from
             else:
                 request["inventory_name"] = missing_from

@@ -5,6 +5,7 @@ The `Exports` of the control API. Joins what knows images (`image.exporting`, `i
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,11 +17,12 @@ import trio
 
 from p2pgz.core.digest import Digest
 from p2pgz.core.inventory import read_inventory, write_inventory
+from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.core.platform import Platform
 from p2pgz.core.ports import Holder
 from p2pgz.core.reference import Reference, parse_reference
-from p2pgz.errors import ImageNotFound, UsageError
+from p2pgz.errors import ConfigError, ImageNotFound, UsageError
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Shares
 from p2pgz.image.exporting import LeaveOut, inventory, plan_export, write_export
@@ -44,6 +46,8 @@ LOOK_SECONDS: Final = 0.05
 
 Open = Callable[[MountRequest, Progress], Awaitable[OpenImage]]
 InUse = Callable[[], AbstractAsyncContextManager[None]]
+AddressesOf = Callable[[bytes], tuple[bytes, ...]]
+"""where a connected peer listens, as far as that is known"""
 
 
 class Exports:
@@ -60,6 +64,7 @@ class Exports:
         open_image: Open,
         platform_of: Callable[[MountRequest], Platform],
         in_use: InUse,
+        addresses_of: AddressesOf,
     ) -> None:
         self._pool = pool
         self._fetcher = fetcher
@@ -69,6 +74,7 @@ class Exports:
         self._open_image = open_image
         self._platform_of = platform_of
         self._in_use = in_use
+        self._addresses_of = addresses_of
 
     async def export(self, request: ExportRequest, other_side: bytes, warn: Warn) -> AsyncIterator[bytes]:
         """The bytes of an image's file, without what is in the inventory `other_side`, or what a peer has."""
@@ -89,7 +95,8 @@ class Exports:
                 warn(warning)
             leave_out: LeaveOut = lambda segment, n, digest: digest in known  # noqa: E731
             if request.peer:
-                leave_out = await self._what_peer_has(image, PeerId.parse(request.peer))
+                is_peer = await peer_named(request.peer, self._addresses_of)
+                leave_out = await self._what_peer_has(image, request.peer, is_peer)
             export = await plan_export(
                 image,
                 reference,
@@ -109,7 +116,9 @@ class Exports:
             async for piece in write_export(export, self._pool, self._fetcher):
                 yield piece
 
-    async def _what_peer_has(self, image: OpenImage, peer: PeerId) -> LeaveOut:
+    async def _what_peer_has(
+        self, image: OpenImage, name: str, is_peer: Callable[[PeerId], bool]
+    ) -> LeaveOut:
         """By the bitmaps of a connected peer: its chunks of these layers, not what it has of them in others."""
         holders: dict[Segment, Holder] = {}
         with trio.move_on_after(BITMAPS_SECONDS):
@@ -117,15 +126,20 @@ class Exports:
                 for segment in image.layers:
                     origin = self._fetcher.origin(segment)
                     for holder in self._fetcher.holders(origin) if origin is not None else ():
-                        if holder.peer == peer:
+                        if is_peer(holder.peer):
                             holders[segment] = holder
                 if len(holders) == len(image.layers):
                     break
                 await trio.sleep(LOOK_SECONDS)
+        peers = sorted({str(holder.peer) for holder in holders.values()})
+        if len(peers) > 1:
+            raise UsageError(
+                f"{name}: there are several peers: {', '.join(peers)}", hint="name one by its id"
+            )
         if not holders:
             raise ImageNotFound(
-                f"{peer}: has nothing of {image.reference} that this node knows of",
-                hint="it must be connected (`p2pgz status`); or carry its `p2pgz inventory` here",
+                f"{name}: no file, and no connected peer of that name has anything of {image.reference}",
+                hint="`p2pgz status` lists the peers; or carry the other side's `p2pgz inventory` here",
             )
         return lambda segment, n, digest: segment in holders and holders[segment].has(n)
 
@@ -217,6 +231,35 @@ class _Import:
         await self._pool.catalog.unpin(manifest, owner=IMPORT_OWNER)
         if self._is_new:
             await self._pool.catalog.remove_image(manifest, domain=domain)
+
+
+async def peer_named(text: str, addresses_of: AddressesOf) -> Callable[[PeerId], bool]:
+    """Whether a peer is the one that somebody means: by its id, or by its host with or without a port."""
+    try:
+        wanted = PeerId.parse(text)
+    except ConfigError:
+        pass
+    else:
+        await trio.lowlevel.checkpoint()
+        return lambda peer: peer == wanted
+    host, port = text, 0
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:]+)):(\d{1,5})", text)
+    if match is not None:
+        host, port = match[1] or match[2], int(match[3])
+    try:
+        found = await trio.socket.getaddrinfo(host, None, type=trio.socket.SOCK_STREAM)
+    except OSError as error:
+        raise ImageNotFound(
+            f"{text}: no file, no peer id, and no host: {error.strerror or error}",
+            hint="--missing-from takes an inventory, or a connected peer by its id or address",
+        ) from error
+    hosts = {str(entry[4][0]) for entry in found}
+
+    def is_peer(peer: PeerId) -> bool:
+        places = [PeerAddress.from_bytes(raw) for raw in addresses_of(peer.raw)]
+        return any(place.host in hosts and port in (0, place.port) for place in places)
+
+    return is_peer
 
 
 def _name(reference: Reference, text: str) -> Reference:

@@ -116,6 +116,7 @@ async def open_node(
             open_image=node.open_image,
             platform_of=node.platform_of,
             in_use=node.in_use,
+            addresses_of=peering.discovery.addresses_of if peering is not None else lambda _: (),
         )
         node.live = LiveSettings(
             config,
