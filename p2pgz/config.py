@@ -145,6 +145,8 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zone: str = ""
     """where this host is (a rack, a data centre, a cloud's zone): bytes cross the border between zones as seldom as can be;
     empty: all hosts without one are in the same zone"""
+    leases: bool = True
+    """when several nodes of the cluster want the same part of an image, one asks the registry for all of them"""
     mdns: bool = False
     """look for peers on the local network"""
     cluster_key_file: str = ""

@@ -193,6 +193,8 @@ class MemberFlag(IntFlag):
     """a seed or bootstrap node: home while nobody is an elder"""
     LEFT = 2
     """this is its last entry"""
+    NO_LEASES = 4
+    """it takes no part in leases"""
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):

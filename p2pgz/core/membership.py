@@ -116,9 +116,11 @@ class Membership:
 
     def electable(self, now: float) -> dict[bytes, Member]:
         """Who may be home. A node that hears nobody decides for itself: it waits for none of those it knows."""
-        if any(now - link.heard_at < SILENT_SECONDS for link in self._links.values()):
-            return dict(self.table.members)
-        return {self.own.peer: self.own}
+        return dict(self.table.members) if self.hears(now) else {self.own.peer: self.own}
+
+    def hears(self, now: float) -> bool:
+        """Whether there is anybody."""
+        return any(now - link.heard_at < SILENT_SECONDS for link in self._links.values())
 
     # --- what the caller says; each returns what is to be done
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 import trio
@@ -66,6 +66,8 @@ class Lane:
         self._running = dict.fromkeys(Priority, 0)
         self._calm = trio.Event()
         self._calm.set()
+        self.rescue: Callable[[Origin, Flight, P2pgzError], bool] | None = None
+        """takes over a chunk that the source did not give, if it can"""
 
     def want(
         self, origin: Origin, chunks: Iterable[int], priority: Priority, deadline: float
@@ -107,7 +109,7 @@ class Lane:
             priority, n, origin = head
             if not self._has_slot(priority):
                 return
-            alone = priority is Priority.BLOCKED_READ and n not in origin.listed
+            alone = priority is Priority.BLOCKED_READ and n not in origin.listed and not origin.leased
             window = origin.link.window_bytes() if alone else 0
             table = origin.segment.table
             chosen = choose(
@@ -239,6 +241,8 @@ class Lane:
             if flight is None:
                 continue
             flight.attempts += 1
+            if self.rescue is not None and self.rescue(origin, flight, error):
+                continue
             waiting = flight.priority <= Priority.READ_AHEAD
             expired = (
                 trio.current_time() >= flight.deadline if waiting else flight.attempts >= BACKGROUND_ATTEMPTS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
 from p2pgz.core.schedule import Priority
@@ -19,9 +21,12 @@ class Flight:
         "corrupt",
         "deadline",
         "error",
+        "giver",
         "hedges",
         "n",
+        "on_end",
         "priority",
+        "rescues",
         "started",
     )
 
@@ -35,7 +40,12 @@ class Flight:
         """whether the source's lane has it, queued or running"""
         self.chased = False
         """whether peers are asked for it"""
+        self.giver = b""
+        """the peer that it came from; empty: the source, or the pool"""
         self.hedges = 0
+        self.rescues = 0
+        """how often somebody else was to ask the source, since it did not answer here"""
+        self.on_end: Callable[[], None] | None = None
         self.started = trio.current_time()
         self.error: P2pgzError | None = None
         self._done = trio.Event()
@@ -48,12 +58,16 @@ class Flight:
     def land(self) -> None:
         """The chunk is in the pool."""
         self._done.set()
+        if self.on_end is not None:
+            self.on_end()
 
     def fail(self, error: P2pgzError) -> None:
         """The chunk cannot be had; each waiter raises an error of the same type made from this one."""
         if not self._done.is_set():
             self.error = error
             self._done.set()
+            if self.on_end is not None:
+                self.on_end()
 
     async def wait(self) -> None:
         """Wait for the end; raises what the flight failed with."""

@@ -40,6 +40,8 @@ class Origin:
     """the queued ones"""
     listed: set[int] = field(default_factory=set)
     """those of a start-up list that is being fetched: their neighbours are on it, or are not needed"""
+    leased: bool = False
+    """whether others want it as well, so that nothing is fetched that was not leased"""
     requested: int = 0
     received_bytes: int = 0
 

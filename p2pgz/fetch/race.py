@@ -119,6 +119,14 @@ class Race:
         """Ask peers that have come since for what nobody asks them for yet."""
         self._offer(origin, list(origin.flights.values()))
 
+    def chase(self, origin: Origin, chunks: Sequence[int]) -> None:
+        """Ask peers for chunks that have flights and that nobody is asked for yet."""
+        swarm = swarm_of(origin)
+        if swarm is not None:
+            holders = self.peers.swarm_holders(swarm)
+            found = [n for n in chunks if any(holder.has(n) for holder in holders)]
+            self._chase_all(origin, swarm, found, holders)
+
     def _offer(self, origin: Origin, flights: Sequence[Flight]) -> None:
         now = trio.current_time()
         waiting = [
@@ -176,6 +184,7 @@ class Race:
 
     def note(self, origin: Origin, flight: Flight, peer: PeerId) -> None:
         """See `Shared`."""
+        flight.giver = peer.raw
         self._trace.landed(origin.segment, flight, Source(Kind.PEER, str(peer)))
 
 

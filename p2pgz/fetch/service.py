@@ -20,6 +20,8 @@ from p2pgz.errors import ChunkMissing, P2pgzError, PoolFull
 from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.dispatch import Lane
 from p2pgz.fetch.flights import Flight
+from p2pgz.fetch.leaselayer import LeaseLinks
+from p2pgz.fetch.leasing import Leasing
 from p2pgz.fetch.limiter import Rates, Throttle
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.race import Race, swarm_of
@@ -77,8 +79,18 @@ class ChunkFetcher:
                 self.rates,
             )
             nursery.start_soon(self._race.watch, self.origins)
+        self.leasing: Leasing | None = None
         chase = self._race.offer_late if self._race is not None else None
         self._streams = Streams(pool, nursery, self.trace, chase)
+
+    def lease(self, links: LeaseLinks, own: bytes, zone: str) -> Leasing:
+        """From now on let one of those who want the same ask the source for all; returns what the frames are for."""
+        assert self._race is not None, "leases are among peers"
+        self.leasing = Leasing(
+            links, own, zone, self._race, lambda origin, n: self._lane(origin).adopt(origin, n)
+        )
+        self._nursery.start_soon(self.leasing.run)
+        return self.leasing
 
     def add_origin(self, origin: Origin) -> None:
         """Say where a segment's bytes come from; a later one replaces it (new credentials, another tag)."""
@@ -201,13 +213,25 @@ class ChunkFetcher:
         if origin.streamed:
             return self._streams.want(origin, chunks, priority, deadline)
         lane = self._lane(origin)
-        flights = lane.want(origin, chunks, priority, deadline)
+        flights: list[Flight] = []
+        if self._leases(origin) and self.leasing is not None:
+            mine = [n for n in chunks if n not in origin.flights or not origin.flights[n].at_source]
+            flights = self.leasing.want(origin, mine, priority, deadline)
+            chunks = [n for n in chunks if n in origin.flights and origin.flights[n].at_source]
+        flights += lane.want(origin, chunks, priority, deadline)
         lane.pump()
         return flights
 
     def _to_source(self, origin: Origin, chunks: Sequence[int]) -> None:
         """What peers could not give."""
+        if self._leases(origin) and self.leasing is not None:
+            self.leasing.take_over(origin, chunks)
+            return
         (self._streams if origin.streamed else self._lane(origin)).adopt(origin, chunks)
+
+    def _leases(self, origin: Origin) -> bool:
+        origin.leased = self.leasing is not None and self.leasing.applies(origin)
+        return origin.leased
 
     def _lane(self, origin: Origin) -> Lane:
         lane = self._lanes.get(origin.source.name)
@@ -221,6 +245,8 @@ class ChunkFetcher:
                 rates=self.rates,
                 is_remote=not origin.source.name.startswith(LOCAL_SOURCES),
             )
+            if self.leasing is not None:
+                lane.rescue = self.leasing.rescue
         return lane
 
     def _read_ahead(self, segment: Segment, first: int, count: int) -> None:

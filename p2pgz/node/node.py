@@ -21,6 +21,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.platform import Platform
 from p2pgz.core.reference import parse_reference
 from p2pgz.errors import ImageNotFound, P2pgzError, UsageError
+from p2pgz.fetch.leasing import NO_LEASES
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory
@@ -137,6 +138,7 @@ class Node:
             },
             "peers": self._peering.exchange.status() if self._peering is not None else [],
             "cluster": self._peering.members.status() if self._peering is not None else NO_CLUSTER,
+            "leases": self._fetcher.leasing.status() if self._fetcher.leasing is not None else NO_LEASES,
             "config": self.live.status(),
             "mounts": self.mounts.status(),
             "seeds": self.seeds.status(),

@@ -188,6 +188,10 @@ def read_zone(config: PeersConfig) -> str:
     return zone
 
 
+def _features(config: PeersConfig) -> Feature:
+    return FEATURES | Feature.MEMBERS | (Feature.LEASES if config.leases else Feature(0))
+
+
 def warn_if_open(admission: Admission) -> None:
     """Say that anyone may join, which is good for a first try only."""
     if admission.open:
@@ -213,7 +217,7 @@ async def open_peering(
     admission = read_admission(config)
     bootstrap = [PeerAddress.parse(text, where="peers.bootstrap") for text in config.bootstrap]
     uploads = Uploads(bytes_per_second=config.upload_bytes_per_second, slots=config.upload_slots)
-    credentials = Credentials.make(identity, admission, FEATURES | Feature.MEMBERS)
+    credentials = Credentials.make(identity, admission, _features(config))
     indexes = PlainIndexes(pool, state_path / INDEXES, identity)
     early: list[Peering] = []
 
@@ -268,6 +272,7 @@ async def open_peering(
             own.current,
             zone=read_zone(config),
             seed=is_seed or not bootstrap,
+            leases=config.leases,
             wall_seconds=time.time(),
         )
         own.watchers.append(members.readdress)

@@ -89,6 +89,10 @@ async def open_node(
         )
         plain = None
         if peering is not None:
+            if config.peers.leases:
+                peering.members.leases = fetcher.lease(
+                    peering.members, peering.peer_id.raw, config.peers.zone
+                )
             plain = share_plain_layers(config.peers, peering, pool, fetcher, state_path, nursery)
         opener = ImageOpener(pool, fetcher, state_path, peers, shares=shares, plain=plain)
         segments = await stack.enter_async_context(SegmentClient.open(run_path, holder, host.spawner))

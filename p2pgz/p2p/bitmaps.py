@@ -75,6 +75,11 @@ class Bitmaps:
         told = self._told.get(swarm)
         return int.from_bytes(told.bits, "little").bit_count() if told is not None else 0
 
+    def held(self, swarm: bytes) -> int:
+        """The chunks it says it has, as bits."""
+        told = self._told.get(swarm)
+        return int.from_bytes(told.bits, "little") if told is not None else 0
+
     def on_proof(self, frame: Proof) -> None:
         """The peer proves that it knows the image of a swarm. Raises PeerFault when it does not."""
         told = self._find(frame.swarm)

@@ -233,11 +233,11 @@ class Connection(Asking):
     # --- frames in
 
     async def _receive(self) -> None:
-        stream, reader = self._stream, self._reader
+        stream, reader, on_crowd = self._stream, self._reader, self._unasked.counted(self._on_crowd)
         frames = self._first_frames
         while True:
             for number, frame in enumerate(frames, 1):
-                self._handlers.get(type(frame), self._on_crowd)(frame)
+                self._handlers.get(type(frame), on_crowd)(frame)
                 if not number % FRAMES_AT_ONCE or type(frame) is Gossip:
                     await trio.lowlevel.checkpoint()
             if reader.skipped_frames > SKIPPED_MAX:

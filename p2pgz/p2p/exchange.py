@@ -215,6 +215,11 @@ class Exchange:
 
     # --- who has what
 
+    def has(self, swarm: bytes, n: int) -> bool:
+        """Whether chunk n of a swarm is here and shared with all."""
+        offer = self._offers.swarm(swarm) or self._offers.proven_swarm(swarm)
+        return offer is not None and n < offer.chunk_count and offer.has(n)
+
     def follow(self, swarm: bytes, secret: bytes = b"") -> None:
         """Learn from all peers, present and future, which chunks of the swarm they have; see `core.ports.PeerSource`."""
         self._followed[swarm] = self._followed.get(swarm, 0) + 1

@@ -7,11 +7,11 @@ the connection of a peer that breaks the rules. What goes wrong in here costs th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 import trio
@@ -37,6 +37,8 @@ REDIAL_SECONDS: Final = 5.0
 DIALS_AT_ONCE: Final = 16
 # Who is cut off cannot reach anybody, and chooses others each time: it need not try them all
 DIALS_PER_SECOND: Final = 2.0
+# Frames about leases that wait for a connection: an asker has hundreds of extents
+UNSENT_MAX: Final = 1024
 NO_CLUSTER: Final[dict[str, Any]] = {
     "zone": "",
     "members": 0,
@@ -50,6 +52,19 @@ NO_CLUSTER: Final[dict[str, Any]] = {
 """the status of a node that is in none"""
 
 
+class LeaseSide(Protocol):
+    """What is done with leases: `fetch.leasing.Leasing`."""
+
+    def on_frame(self, peer: bytes, frame: CrowdFrame) -> None:
+        """A frame has come."""
+
+    def lost(self, peer: bytes) -> None:
+        """There is no connection to a peer any more, or none to be had."""
+
+    def leave(self) -> None:
+        """This node stops."""
+
+
 class Members:
     """The member list of a node. `wall_seconds`: seconds since 1970, now; time goes on from there by trio's clock."""
 
@@ -61,6 +76,7 @@ class Members:
         *,
         zone: str,
         seed: bool,
+        leases: bool = False,
         wall_seconds: float,
         rng: Random | None = None,
         verify: Callable[[bytes, bytes, bytes], bool] = verify_signature,
@@ -70,13 +86,15 @@ class Members:
         self._linking: set[bytes] = set()
         self._dialled: dict[bytes, float] = {}
         self._dials, self._dials_at = float(DIALS_AT_ONCE), trio.current_time()
+        self._unsent: dict[bytes, list[CrowdFrame]] = {}
+        self.leases: LeaseSide | None = None
         self._nursery: trio.Nursery | None = None
         self._news = trio.lowlevel.ParkingLot()
         own = Member(
             identity.peer_id.raw,
             0,
             int(wall_seconds),
-            MemberFlag.SEED if seed else MemberFlag.NONE,
+            (MemberFlag.SEED if seed else 0) | (0 if leases else MemberFlag.NO_LEASES),
             zone,
             _address(addresses),
             b"",
@@ -115,6 +133,9 @@ class Members:
 
     def leave(self) -> None:
         """This node is about to end: all members will know at once."""
+        if self.leases is not None:
+            with _guarded():
+                self.leases.leave()
         self._do(self.machine.leave(self.now()))
 
     def readdress(self, addresses: Sequence[PeerAddress]) -> None:
@@ -138,6 +159,78 @@ class Members:
             "view": f"{machine.view:016x}",
         }
 
+    # --- leases: `fetch.leasing.LeaseLinks`
+
+    def lease_view(self) -> int:
+        """Another number when `lease_members` may be others."""
+        machine = self.machine
+        return machine.view if machine.hears(self.now()) else 0
+
+    def lease_members(self) -> dict[bytes, Member]:
+        """Those that take part in leases, this node among them; only itself when it hears nobody."""
+        electable = self.machine.electable(self.now())
+        return {
+            peer: member
+            for peer, member in electable.items()
+            if not member.flags & MemberFlag.NO_LEASES or peer == self.machine.own.peer
+        }
+
+    def send(self, peer: bytes, frame: CrowdFrame) -> None:
+        """A frame about leases; the member is connected to first if need be, and is `lost` if that fails."""
+        connection = self._lease_connection(peer)
+        if connection is not None:
+            connection.say_crowd(frame)
+            return
+        waiting = self._unsent.setdefault(peer, [])
+        if len(waiting) < UNSENT_MAX:
+            waiting.append(frame)
+        if len(waiting) == 1 and self._nursery is not None:
+            self._nursery.start_soon(self._connect_and_send, peer)
+
+    async def _connect_and_send(self, peer: bytes) -> None:
+        with _guarded():
+            member = self.machine.members.get(peer)
+            try:
+                if member is not None:
+                    await self._reach(member, soon=True)
+            finally:
+                frames = self._unsent.pop(peer, [])
+            connection = self._lease_connection(peer)
+            if connection is not None:
+                for frame in frames:
+                    connection.say_crowd(frame)
+            elif self.leases is not None:
+                self.leases.lost(peer)
+
+    def has(self, swarm: bytes, n: int) -> bool:
+        """Whether a chunk is here and offered."""
+        return self._exchange.has(swarm, n)
+
+    def shares(self, peer: bytes, swarm: bytes) -> bool:
+        """Whether that peer may have chunks of the swarm."""
+        connection = self._lease_connection(peer)
+        return connection is not None and connection.serving.shares(swarm)
+
+    def held(self, swarm: bytes) -> int:
+        """The chunks that connected peers say they have, as bits."""
+        found = 0
+        for connection in self._exchange.connections():
+            found |= connection.bitmaps.held(swarm)
+        return found
+
+    def tells(self, peer: bytes, swarm: bytes, n: int) -> bool | None:
+        """Whether that peer says that it has a chunk; None when it is not connected."""
+        connection = self._lease_connection(peer)
+        return connection.bitmaps.has(swarm, n) if connection is not None else None
+
+    def heard(self) -> Iterable[tuple[bytes, float]]:
+        """When something last came from each connected peer."""
+        return [(c.peer.raw, self._begun_at + c.heard_at) for c in self._exchange.connections()]
+
+    def _lease_connection(self, peer: bytes) -> Connection | None:
+        connection = self._exchange.connection(PeerId(peer))
+        return connection if connection is not None and connection.features & Feature.LEASES else None
+
     # --- connections
 
     def opened(self, connection: Connection) -> None:
@@ -153,6 +246,8 @@ class Members:
         with _guarded():
             if self._connection(peer) is None and peer in self.machine.links:
                 self._do(self.machine.unlinked(peer, self.now()))
+            if self.leases is not None and self._lease_connection(peer) is None:
+                self.leases.lost(peer)
 
     def _linked(self, peer: bytes) -> None:
         if peer not in self.machine.links:
@@ -163,9 +258,12 @@ class Members:
         return connection if connection is not None and connection.features & Feature.MEMBERS else None
 
     def _receive(self, connection: Connection, frame: CrowdFrame) -> None:
-        if not isinstance(frame, MemberFrame):
-            return
         peer = connection.peer.raw
+        if not isinstance(frame, MemberFrame):
+            connection.keep()
+            if self.leases is not None:
+                self.leases.on_frame(peer, frame)
+            return
         self._do(self.machine.receive(peer, frame, self.now()))
         # those that others have chosen are kept, too, but not where connections are scarce
         machine, crowded = self.machine, 2 * len(self._exchange.connections()) > self._exchange.budget.limit
@@ -219,10 +317,10 @@ class Members:
                 log.debug("member.unreachable", peer=str(PeerId(member.peer)), address=member.address)
                 self._do(self.machine.unreachable(member.peer, self.now()))
 
-    async def _reach(self, member: Member) -> bool | None:
+    async def _reach(self, member: Member, *, soon: bool = False) -> bool | None:
         """Whether there is a connection now. None: there is none, and it is not the member's fault."""
         now = trio.current_time()
-        await trio.sleep(max(0.0, self._dialled.get(member.peer, now) - now))
+        await trio.sleep(0.0 if soon else max(0.0, self._dialled.get(member.peer, now) - now))
         self._dialled = {peer: at for peer, at in self._dialled.items() if at > now}
         if self._connection(member.peer) is not None:
             return True

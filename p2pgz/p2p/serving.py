@@ -101,6 +101,10 @@ class Serving:
         """The connection has ended: what it has queued keeps nobody waiting."""
         self._uploads.leave(self.queue)
 
+    def shares(self, swarm: bytes) -> bool:
+        """Whether the peer may have chunks of a swarm. Raises PeerFault."""
+        return self._offer(swarm) is not None
+
     def serves(self, swarm: bytes) -> bool:
         """Whether the peer follows this swarm, and is told what we have of it."""
         return self.joined.get(swarm) is not None
