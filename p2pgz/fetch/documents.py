@@ -15,7 +15,8 @@ import trio
 from p2pgz.core.digest import Digest
 from p2pgz.core.ports import PeerSource
 from p2pgz.errors import P2pgzError, PoolFull
-from p2pgz.fetch.shares import Access
+from p2pgz.fetch.leasing import Leasing
+from p2pgz.fetch.shares import Access, Shares
 from p2pgz.fetch.together import Together
 from p2pgz.pool.pool import Pool
 
@@ -31,9 +32,17 @@ _OPEN: Final = Access()
 class Documents:
     """Gets and keeps documents. `peers` None: this node has none. `access`: where they are kept and how peers are asked."""
 
-    def __init__(self, pool: Pool, peers: PeerSource | None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        peers: PeerSource | None,
+        leasing: Leasing | None = None,
+        shares: Shares | None = None,
+    ) -> None:
         self._pool = pool
         self._peers = peers
+        self._leasing = leasing
+        self._shares = shares
         self._calls: Together[bytes] = Together()
 
     async def get(
@@ -88,7 +97,7 @@ class Documents:
                 with trio.move_on_after(HEAD_START_SECONDS):
                     await head_start.wait()
                 try:
-                    found.append(await from_source())
+                    found.append(await self._by_lease(digest, limit_bytes, from_source, access))
                 except P2pgzError as error:
                     failures.append(error)
                     return
@@ -98,7 +107,43 @@ class Documents:
             nursery.start_soon(ask_source)
         if not found:
             raise failures[0]
-        return await self.keep(digest, found[0], access)
+        kept = await self.keep(digest, found[0], access)
+        self.landed(digest, access)
+        return kept
+
+    async def _by_lease(
+        self, digest: Digest, limit_bytes: int, from_source: Callable[[], Awaitable[bytes]], access: Access
+    ) -> bytes:
+        if not self.leases(access) or self._leasing is None:
+            return await from_source()
+        data, _ = await self._leasing.documents.get(digest.raw, limit_bytes=limit_bytes, fetch=from_source)
+        return data
+
+    async def by_lease(
+        self, digest: Digest, *, limit_bytes: int, fetch: Callable[[], Awaitable[bytes]], access: Access
+    ) -> bytes | None:
+        """What another member gives while it asks the source, for all; None when it is this node's turn and `fetch`,
+        which keeps the document, has ended. Raises what `fetch` raises."""
+        assert self._leasing is not None, "where `leases` says so"
+        data, fetched = await self._leasing.documents.get(digest.raw, limit_bytes=limit_bytes, fetch=fetch)
+        if fetched:
+            self.landed(digest, access)
+            return None
+        await self.keep(digest, data, access)
+        self.landed(digest, access)
+        return data
+
+    def landed(self, digest: Digest, access: Access) -> None:
+        """It is kept: others may have it from here."""
+        if self.leases(access) and self._leasing is not None and self._shares is not None:
+            self._shares.open_early(digest)
+            self._leasing.documents.landed(digest.raw)
+
+    def leases(self, access: Access) -> bool:
+        """Whether others may want the same now; only of what every member may have."""
+        return (
+            self._leasing is not None and access.peers and not access.secret and self._leasing.has_company()
+        )
 
     async def from_peers(
         self, digest: Digest, *, limit_bytes: int, seconds: float = PEERS_SECONDS, access: Access = _OPEN

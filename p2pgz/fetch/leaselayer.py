@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
+
+import structlog
 
 from p2pgz.core.crowdmsg import CrowdFrame, Member
 from p2pgz.core.extents import Extents
 from p2pgz.fetch.flights import Flight
 from p2pgz.fetch.origin import Origin
+
+log = structlog.get_logger(component="leases")
+
+NO_LEASES: Final[dict[str, Any]] = {
+    "fetched_chunks": 0,
+    "followed_chunks": 0,
+    "direct_chunks": 0,
+    "rescued_chunks": 0,
+    "granted": 0,
+}
+"""the status of a node that takes no part in them"""
 
 
 class LeaseLinks(Protocol):
@@ -37,6 +51,10 @@ class LeaseLinks(Protocol):
 
     def shares(self, peer: bytes, swarm: bytes) -> bool:
         """Whether that peer may have chunks of the swarm."""
+        ...
+
+    async def document(self, peer: bytes, digest: bytes, limit_bytes: int) -> bytes | None:
+        """A document from that peer, checked; None when it does not have it, or is not connected."""
         ...
 
     def held(self, swarm: bytes) -> int:
@@ -79,3 +97,12 @@ class LeaseLayer:
         for n in chunks:
             found[self.extents.of[n]].append(n)
         return found
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """A bug in here must not end the node: readers go to the registry at their deadline."""
+    try:
+        yield
+    except Exception:
+        log.exception("leases.bug")

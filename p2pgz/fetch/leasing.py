@@ -8,8 +8,7 @@ followed are taken by the race once its bitmap says that they are there. One tas
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, Final
 
@@ -24,7 +23,8 @@ from p2pgz.core.messages import chunks_of
 from p2pgz.core.schedule import Priority, choose
 from p2pgz.errors import AuthRefused, P2pgzError
 from p2pgz.fetch.flights import Flight
-from p2pgz.fetch.leaselayer import LeaseLayer, LeaseLinks
+from p2pgz.fetch.leasedocs import LeasedDocuments
+from p2pgz.fetch.leaselayer import LeaseLayer, LeaseLinks, guarded
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.race import Race, swarm_of
 
@@ -48,16 +48,6 @@ ATTEMPTS_MAX: Final = 2
 RESCUES_MAX: Final = 3
 
 
-NO_LEASES: Final[dict[str, Any]] = {
-    "fetched_chunks": 0,
-    "followed_chunks": 0,
-    "direct_chunks": 0,
-    "rescued_chunks": 0,
-    "granted": 0,
-}
-"""the status of a node that takes no part in them"""
-
-
 class Leasing:
     """See the module. `to_lane(origin, chunks)` has the source's lane fetch chunks that have flights."""
 
@@ -68,6 +58,7 @@ class Leasing:
         zone: str,
         race: Race,
         to_lane: Callable[[Origin, Sequence[int]], None],
+        nursery: trio.Nursery,
         rng: Random | None = None,
     ) -> None:
         self._links = links
@@ -86,17 +77,22 @@ class Leasing:
             zone,
             Electorate(members, links.now()),
             rng or Random(),  # noqa: S311  # who follows whom: nothing to guess
-            has=links.has,
+            has=self._has,
             complete=self._complete,
         )
+        self.documents = LeasedDocuments(self.machine, links, nursery, self._act_now)
         self.fetched_chunks = self.followed_chunks = self.direct_chunks = self.rescued_chunks = 0
 
     # --- for the fetcher
 
+    def has_company(self) -> bool:
+        """Whether there are others at all."""
+        self._refresh()
+        return len(self._members) > 1
+
     def applies(self, origin: Origin) -> bool:
         """Whether chunks of this layer are leased: it is shared, and there are others."""
-        self._refresh()
-        return len(self._members) > 1 and not origin.streamed and swarm_of(origin) is not None
+        return self.has_company() and not origin.streamed and swarm_of(origin) is not None
 
     def want(
         self, origin: Origin, chunks: Iterable[int], priority: Priority, deadline: float
@@ -172,7 +168,8 @@ class Leasing:
 
     def on_frame(self, peer: bytes, frame: CrowdFrame) -> None:
         """A frame about leases has come."""
-        if isinstance(frame, Follow) and not self._links.shares(peer, frame.swarm):
+        is_chunks = isinstance(frame, Follow) and frame.extent != EXTENT_DOCUMENT
+        if isinstance(frame, Follow) and is_chunks and not self._links.shares(peer, frame.swarm):
             self._links.send(peer, Gone(frame.request, frame.runs))  # the same as for what is not here
             return
         self._refresh()
@@ -200,7 +197,7 @@ class Leasing:
                 await self._woken.wait()
             await trio.sleep(WOKEN_SECONDS)
             self._woken = trio.Event()
-            with _guarded():
+            with guarded():
                 self._refresh()
                 self._poll()
 
@@ -291,9 +288,15 @@ class Leasing:
         for action in self.machine.actions():
             match action:
                 case Send(peer, frame):
-                    if isinstance(frame, Follow):
+                    if isinstance(frame, Follow) and frame.extent == EXTENT_DOCUMENT:
+                        self.documents.follow(peer, frame)
+                    elif isinstance(frame, Follow):
                         self._follow(frame)
                     self._links.send(peer, frame)
+                case Fetch(swarm, extent, _) | Direct(swarm, extent, _) if extent == EXTENT_DOCUMENT:
+                    self.documents.turn(swarm)
+                case Serve(peer, request, _, extent, chunks) if extent == EXTENT_DOCUMENT:
+                    self.machine.sent(peer, request, chunks)  # whoever follows asks again and again
                 case Fetch(swarm, extent, chunks, priority):
                     self._fetch(swarm, extent, chunks, Priority(min(priority, Priority.FILL)))
                 case Direct(swarm, _, chunks):
@@ -309,7 +312,7 @@ class Leasing:
 
     def _follow(self, frame: Follow) -> None:
         layer = self._layers.get(frame.swarm)
-        if layer is None or frame.extent == EXTENT_DOCUMENT:
+        if layer is None:
             return
         for n in chunks_of(frame.runs):
             if n not in layer.waiting:
@@ -375,7 +378,16 @@ class Leasing:
             self._received_bytes += origin.received_bytes
         return layer
 
+    def _act_now(self) -> None:
+        self._act()
+        self._wake()
+
+    def _has(self, swarm: bytes, n: int) -> bool:
+        return self.documents.has(swarm) or self._links.has(swarm, n)
+
     def _complete(self, swarm: bytes, extent: int) -> bool:
+        if extent == EXTENT_DOCUMENT:
+            return self.documents.has(swarm)
         layer = self._layers.get(swarm)
         return layer is not None and all(
             layer.origin.segment.presence.has(n) for n in layer.extents.chunks(extent)
@@ -383,12 +395,3 @@ class Leasing:
 
     def _wake(self) -> None:
         self._woken.set()
-
-
-@contextmanager
-def _guarded() -> Iterator[None]:
-    """A bug in here must not end the node: readers go to the registry at their deadline."""
-    try:
-        yield
-    except Exception:
-        log.exception("leases.bug")

@@ -87,7 +87,7 @@ class ChunkFetcher:
         """From now on let one of those who want the same ask the source for all; returns what the frames are for."""
         assert self._race is not None, "leases are among peers"
         self.leasing = Leasing(
-            links, own, zone, self._race, lambda origin, n: self._lane(origin).adopt(origin, n)
+            links, own, zone, self._race, lambda o, n: self._lane(o).adopt(o, n), self._nursery
         )
         self._nursery.start_soon(self.leasing.run)
         return self.leasing

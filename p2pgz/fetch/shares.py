@@ -29,6 +29,8 @@ from p2pgz.pool.segment import SHARED_DOMAIN
 log = structlog.get_logger(component="fetch")
 
 IMAGES: Final = "images"
+# Documents that were brought for all before their image was open here
+EARLY_MAX: Final = 4096
 # One image: 1 000 layers and their documents are 150 KB
 _FILE_MAX_BYTES: Final = 1 << 20
 
@@ -107,6 +109,7 @@ class Shares:
         self._on_open = on_open
         self._open_segments: set[bytes] = set()
         self._open_documents: set[bytes] = set()
+        self._early: dict[bytes, None] = {}
         self._closed_segments: dict[bytes, _Closed] = {}
         self._closed_documents: dict[bytes, _Closed] = {}
         self.changes = 0
@@ -210,7 +213,7 @@ class Shares:
         # from here on at once: no peer is answered by half of the rules
         self.policy = policy
         self.changes += 1
-        for table in (self._open_segments, self._open_documents):
+        for table in (self._open_segments, self._open_documents, self._early):
             table.clear()
         for closed in (self._closed_segments, self._closed_documents):
             closed.clear()
@@ -296,7 +299,13 @@ class Shares:
 
     def is_open_document(self, digest: bytes) -> bool:
         """Whether every peer may have this TOC, manifest or config."""
-        return digest in self._open_documents
+        return digest in self._open_documents or digest in self._early
+
+    def open_early(self, digest: Digest) -> None:
+        """A document of an image that is for every peer is here; the rest of the image is not yet."""
+        self._early[digest.raw] = None
+        if len(self._early) > EARLY_MAX:
+            del self._early[next(iter(self._early))]
 
     def startup_list(self, name: bytes, *, proven: bool = False) -> Digest | None:
         """The manifest of the image whose start-up list has this name, if every peer may have it, or provers may."""

@@ -166,21 +166,63 @@ class LayerOpener:
                 plain = await self.plain.from_peers(descriptor, await diff_id(), access, progress)
                 if plain is not None:
                     return await self.keep_plain(descriptor, plain, access)
-            asked_at = trio.current_time()
-            tail = _Tail(source, descriptor)
-            opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified_toc)
-            if opened is None:
+            layer = await self._by_lease(reference, source, descriptor, access)
+            layer = layer or await self._from_tail(
+                reference, source, descriptor, access, allow_unverified_toc
+            )
+            if layer is None:
                 plain = await self.plain.from_source(source, descriptor, await diff_id(), access, progress)
                 return await self.keep_plain(descriptor, plain, access)
-            layer = await self.keep_lazy(descriptor, opened, access)
-            brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
-            self._counters.brought_along(layer.segment, brought, source.name, trio.current_time() - asked_at)
         except PoolFull:
             raise
         except P2pgzError as error:
             error.what = f"layer {descriptor.digest} of {reference}: {error.what}"
             raise
         return layer
+
+    async def _from_tail(
+        self,
+        reference: Reference,
+        source: ImageSource,
+        descriptor: Descriptor,
+        access: Access,
+        allow_unverified: bool,
+    ) -> OpenLayer | None:
+        """The layer by the end of its blob; None when it is a plain one."""
+        asked_at = trio.current_time()
+        tail = _Tail(source, descriptor)
+        opened = await self._open_tail(reference, tail, allow_unverified=allow_unverified)
+        if opened is None:
+            return None
+        layer = await self.keep_lazy(descriptor, opened, access)
+        brought = await harvest(self._pool, layer.segment, tail.data, tail.start, source=source.name)
+        self._counters.brought_along(layer.segment, brought, source.name, trio.current_time() - asked_at)
+        return layer
+
+    async def _by_lease(
+        self, reference: Reference, source: ImageSource, descriptor: Descriptor, access: Access
+    ) -> OpenLayer | None:
+        """Where others may open the same layer now: by the TOC that the one whose turn it is reads from the blob. None:
+        open it as if there were nobody else."""
+        wanted = shared_document(descriptor.annotations)
+        if wanted is None or not self._documents.leases(access):
+            return None
+        made: list[OpenLayer | None] = []
+
+        async def fetch() -> bytes:
+            made.append(await self._from_tail(reference, source, descriptor, access, False))
+            if made[0] is None:
+                raise ImageInvalid("a plain layer whose annotation names a TOC")
+            return b""
+
+        try:
+            document = await self._documents.by_lease(
+                wanted, limit_bytes=DOCUMENT_MAX_BYTES, fetch=fetch, access=access
+            )
+            return made[0] if document is None else await self.adopt(descriptor, document, access)
+        except ImageInvalid as error:
+            log.info("toc.not_usable", blob=str(descriptor.digest), reason=error.what)
+            return None
 
     async def described(self, descriptor: Descriptor, access: Access) -> tuple[Digest, bytes] | None:
         """What says what is in a layer that was opened here before: its `shared_document`, or a plain one's index."""

@@ -76,7 +76,7 @@ class ImageOpener:
         self._shares = shares or Shares()
         self._fetcher = fetcher
         self._trees = state_path / TREES
-        self._documents = Documents(pool, peers)
+        self._documents = Documents(pool, peers, fetcher.leasing, shares)
         self.tags = Tags(pool.catalog)
         self.layers = LayerOpener(pool, self._documents, fetcher.counters, state_path, plain)
         self._opening: dict[tuple[str, Digest], trio.Lock] = {}

@@ -21,7 +21,7 @@ from p2pgz.core.digest import Digest
 from p2pgz.core.platform import Platform
 from p2pgz.core.reference import parse_reference
 from p2pgz.errors import ImageNotFound, P2pgzError, UsageError
-from p2pgz.fetch.leasing import NO_LEASES
+from p2pgz.fetch.leaselayer import NO_LEASES
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.image import files
 from p2pgz.image.listing import format_rows, list_directory

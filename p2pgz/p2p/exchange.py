@@ -304,7 +304,7 @@ class Exchange:
                 while todo and not found:
                     connection = todo.pop()
                     try:
-                        data = await self._document_from(connection, digest, limit_bytes, secret)
+                        data = await self.document_from(connection, digest, limit_bytes, secret)
                     except PeerBusy as error:
                         again_seconds = min(error.retry_seconds, DOCUMENT_BUSY_MAX_SECONDS)
                     else:
@@ -326,9 +326,10 @@ class Exchange:
         await trio.lowlevel.checkpoint()
         return False
 
-    async def _document_from(
-        self, connection: Connection, digest: bytes, limit_bytes: int, secret: bytes
+    async def document_from(
+        self, connection: Connection, digest: bytes, limit_bytes: int, secret: bytes = b""
     ) -> bytes | None:
+        """A document of one peer, checked; None when it gives none. Raises PeerBusy."""
         try:
             with trio.fail_after(DOCUMENT_SECONDS):
                 data = await connection.document(digest, limit_bytes=limit_bytes, secret=secret)

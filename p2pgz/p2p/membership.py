@@ -24,6 +24,7 @@ from p2pgz.core.messages import Feature
 from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.peerid import PeerId
 from p2pgz.errors import ConfigError, P2pgzError
+from p2pgz.p2p.asking import PeerBusy
 from p2pgz.p2p.certificate import verify_signature
 from p2pgz.p2p.connection import Connection
 from p2pgz.p2p.exchange import Exchange, NotTaken
@@ -210,6 +211,17 @@ class Members:
         """Whether that peer may have chunks of the swarm."""
         connection = self._lease_connection(peer)
         return connection is not None and connection.serving.shares(swarm)
+
+    async def document(self, peer: bytes, digest: bytes, limit_bytes: int) -> bytes | None:
+        """A document from that peer, checked; None when it does not have it, or is not connected."""
+        connection = self._lease_connection(peer)
+        if connection is None:
+            await trio.lowlevel.checkpoint()
+            return None
+        try:
+            return await self._exchange.document_from(connection, digest, limit_bytes)
+        except PeerBusy:
+            return None
 
     def held(self, swarm: bytes) -> int:
         """The chunks that connected peers say they have, as bits."""

@@ -21,8 +21,8 @@ from tests.e2e.restart.lazy_node import state_folder
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 NODES = 4
-# what is not leased: each node reads the ends of the layers, where their indexes are
-COPIES_MAX = 1.2
+# manifests; and a chunk may be asked for twice where a machine is so slow that nodes take each other for gone
+COPIES_MAX = 1.1
 WITHIN_SECONDS = 60.0
 
 
@@ -34,7 +34,7 @@ def folder() -> Iterator[Path]:
 
 def image(seed: int) -> list[dict[str, bytes]]:
     return [
-        {f"l{layer}-{n}": noise(seed + layer * 100 + n, 100_000 + 1500 * n) for n in range(60)}
+        {f"l{layer}-{n}": noise(seed + layer * 100 + n, 60_000 + 1500 * n) for n in range(40)}
         for layer in range(2)
     ]
 
