@@ -26,6 +26,7 @@ WALL_CLOCK = {
     "image/tags.py": "when a tag was resolved, for people and for not writing it down again each time",
     "mount/mounts.py": "when a segment was mounted last, kept over reboots: only the order counts",
     "mount/records.py": "since when a mount exists, for people",
+    "node/exports.py": "since when an image is kept and pinned, for people",
     "node/peering.py": "when a remembered peer was seen, kept over reboots: the future counts as now; where this node's "
     "stamps of its member entry begin, half a day wrong is no harm",
     "node/seeding.py": "since when an image is kept, for people",

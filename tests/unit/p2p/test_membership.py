@@ -101,7 +101,7 @@ async def test_a_dead_member_is_found_dead_and_one_that_leaves_is_not() -> None:
         nodes[3].members.leave()
         await settled(lambda: {node.count for node in nodes[:3]} == {3})
         assert nodes[0].members.status()["deaths"] == 0
-        assert nodes[0].members.machine.partners
+        await settled(lambda: nodes[0].members.machine.partners)
         nodes[2].kill()
         await settled(lambda: {node.count for node in nodes[:2]} == {2})
         assert nodes[0].members.status()["deaths"] == 1
