@@ -23,10 +23,13 @@ LAYER = peer_layer(9)
 # Modules that ask the wall clock, and what for. A new one needs a reason that holds when the clock is wrong; everything that
 # measures or waits uses trio.current_time() or time.monotonic().
 WALL_CLOCK = {
+    "cli/checkup.py": "what is checked is the clock itself",
+    "fetch/diffids.py": "when a conflict was found, for people",
     "image/tags.py": "when a tag was resolved, for people and for not writing it down again each time",
     "mount/mounts.py": "when a segment was mounted last, kept over reboots: only the order counts",
     "mount/records.py": "since when a mount exists, for people",
     "node/exports.py": "since when an image is kept and pinned, for people",
+    "node/layers.py": "when a layer was unpacked whole, for people",
     "node/peering.py": "when a remembered peer was seen, kept over reboots: the future counts as now; where this node's "
     "stamps of its member entry begin, half a day wrong is no harm",
     "node/seeding.py": "since when an image is kept, for people",
@@ -34,6 +37,7 @@ WALL_CLOCK = {
     "p2p/bootstrap.py": "the same as node/peering.py",
     "pool/scrub.py": "when the last pass ended, kept over reboots: the future counts as now",
     "registry/client.py": "Retry-After as a date: a registry's pause has a longest",
+    "snapshotter/service.py": "when a snapshot was made and changed: fields of containerd's answers, nothing is decided by them",
 }
 
 
