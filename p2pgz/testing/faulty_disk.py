@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from p2pgz.pool.disk import Disk
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+STUCK_SECONDS = 30
 
 
 class FaultyDisk(Disk):
@@ -60,3 +63,17 @@ class FaultyDisk(Disk):
         self.before_punch()
         self.punched.append((offset, count))
         super().punch(fd, offset, count)
+
+
+class StuckDisk(FaultyDisk):
+    """Its writes hang until `gate` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        """Wait for the gate, for half a minute at most; then write."""
+        assert self.gate.wait(STUCK_SECONDS), "nobody opened the gate"
+        super().pwrite(fd, data, offset)

@@ -32,7 +32,7 @@ from p2pgz.pool.chunks import ARRIVALS
 from p2pgz.pool.commit import UNSYNCED_MAX_BYTES
 from p2pgz.pool.evictor import Evictor
 from p2pgz.pool.pool import Pool, Segment
-from p2pgz.testing.faulty_disk import FaultyDisk
+from p2pgz.testing.faulty_disk import FaultyDisk, StuckDisk
 from p2pgz.testing.memory_source import MemorySource
 
 pytestmark = pytest.mark.trio
@@ -44,19 +44,6 @@ REPORT = 1 << 20  # instead of REPORT_BYTES, so that less has to be made
 LIMIT = ARRIVALS * (REPORT + CHUNK)
 CHUNKS = 24
 SECONDS = 30
-
-
-class StuckDisk(FaultyDisk):
-    """Its writes of chunks hang until `gate` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def pwrite(self, fd: int, data: Any, offset: int) -> None:
-        assert self.gate.wait(SECONDS)
-        super().pwrite(fd, data, offset)
 
 
 @pytest.fixture(autouse=True)

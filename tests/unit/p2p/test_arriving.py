@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 
 from p2pgz.core.admission import Admission
+from p2pgz.core.media import Descriptor
 from p2pgz.core.schedule import Priority
 from p2pgz.core.verify import VerifiedChunk
 from p2pgz.errors import SourceUnavailable
+from p2pgz.fetch.counters import Counters
 from p2pgz.fetch.offers import PoolOffers
+from p2pgz.fetch.origin import Origin
+from p2pgz.fetch.race import Race
+from p2pgz.fetch.trace import Trace
 from p2pgz.p2p.arriving import ARRIVING_MAX_BYTES, Arriving
 from p2pgz.p2p.handshake import Credentials
 from p2pgz.p2p.identity import Identity
@@ -24,7 +27,8 @@ from p2pgz.p2p.plane import open_plane
 from p2pgz.p2p.uploads import Uploads
 from p2pgz.pool.pool import Pool, Segment
 from p2pgz.testing.conformance_pool import Layer, check_content
-from p2pgz.testing.faulty_disk import FaultyDisk
+from p2pgz.testing.faulty_disk import FaultyDisk, StuckDisk
+from p2pgz.testing.memory_source import MemorySource
 from p2pgz.testing.peers import Peer, open_peer, peer_layer
 
 pytestmark = pytest.mark.trio
@@ -43,19 +47,6 @@ class Woken:
 
     def wake(self) -> None:
         self.times += 1
-
-
-class StuckDisk(FaultyDisk):
-    """Its writes hang until `gate` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def pwrite(self, fd: int, data: Any, offset: int) -> None:
-        assert self.gate.wait(SECONDS)
-        super().pwrite(fd, data, offset)
 
 
 async def test_room_goes_to_the_most_urgent_and_background_leaves_some() -> None:
@@ -155,6 +146,48 @@ async def test_disk_that_hangs_stops_the_asking_and_everything_comes_once_it_goe
         assert (arriving.bytes, arriving.waiting) == (0, 0)
         for segment, layer in zip(segments, layers, strict=True):
             assert check_content(segment, layer) == len(layer.chunks)
+
+
+async def test_race_on_a_disk_that_hangs_is_bounded_and_goes_on(tmp_path: Path) -> None:
+    """Chases lose patience then: they ask further peers and the source as well, for bytes that the disk does not take."""
+    layer = Layer([[random.Random(i).randbytes(200_000)] for i in range(32)])
+    disk = StuckDisk()
+    async with AsyncExitStack() as stack:
+        givers = [await stack.enter_async_context(open_peer(tmp_path / str(i), layer)) for i in range(GIVERS)]
+        taker, segments = await stack.enter_async_context(taker_of(tmp_path / "taker", disk, givers))
+        arriving, segment = taker.exchange.arriving, segments[0]
+        taker.exchange.follow(taker.swarm)
+        given: set[int] = set()
+
+        def to_source(origin: Origin, chunks: Sequence[int]) -> None:
+            for n in chunks:
+                origin.flights[n].at_source = True
+            given.update(chunks)
+
+        with trio.fail_after(SECONDS):
+            while len(taker.exchange.swarm_holders(taker.swarm)) < GIVERS:
+                await trio.sleep(0.01)
+            async with trio.open_nursery() as nursery:
+                descriptor = Descriptor(media_type="", digest=segment.id, size=1)
+                origin = Origin(segment=segment, source=MemorySource(), descriptor=descriptor)
+                race = Race(taker.exchange, taker.pool, nursery, Counters(), Trace(), to_source)
+                disk.gate.clear()
+                for n in range(len(layer.chunks)):
+                    race.start(origin, [n], Priority.BLOCKED_READ, trio.current_time() + SECONDS)
+                flights = list(origin.flights.values())
+                assert len(flights) == len(layer.chunks)
+                most = 0
+                while len(given) < len(layer.chunks):
+                    await trio.sleep(0.01)
+                    most = max(most, arriving.bytes)
+                assert LIMIT // 2 < most <= LIMIT
+                assert segment.presence.present_count() == 0
+                disk.gate.set()
+                while not all(flight.done for flight in flights):
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+        assert (arriving.bytes, arriving.waiting) == (0, 0)
+        assert check_content(segment, layer) == len(layer.chunks)
 
 
 @pytest.mark.parametrize("end", ["cancelled", "connection lost", "missing"])
