@@ -37,7 +37,7 @@ WALL_CLOCK = {
     "p2p/bootstrap.py": "the same as node/peering.py",
     "pool/scrub.py": "when the last pass ended, kept over reboots: the future counts as now",
     "registry/client.py": "Retry-After as a date: a registry's pause has a longest",
-    "snapshotter/service.py": "when a snapshot was made and changed: fields of containerd's answers, nothing is decided by them",
+    "snapshotter/service.py": "when a snapshot was made and changed, for containerd to show",
 }
 
 
