@@ -4,7 +4,7 @@
 # nothing outside this folder but those packages.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test page unit kills evict crashpoints soak sim dht-promise containerd lint format coverage coverage-report wheel-test docs packages boot-test kubernetes lock changelog clean
+.PHONY: help setup demo bench test page unit kills evict crashpoints soak sim dht-promise containerd lint format coverage coverage-report wheel-test docs packages boot-test kubernetes lock changelog clean
 
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider -p no:randomly
 FAST = tests/unit $(wildcard tests/property)
@@ -81,6 +81,12 @@ containerd:
 	@.ci/setup test
 	@.ci/containerd
 	P2PGZ_TEST_CONTAINERD=1 $(PYTEST) -q tests/e2e/containerd tests/interop/test_snapshotter_suite.py $(ARGS)
+
+# The bars of docs/explanation/performance.md, each beside its yardstick; a quarter of an hour; one line of JSON at the end.
+# make bench ARGS="--rows reads,image --scale 0.3 --repeat 5"; cold starts beside stargz-snapshotter: P2PGZ_BENCH_LAB=DIR
+bench:
+	@.ci/setup test
+	@.venv/bin/python -m tests.perf.bars $(ARGS)
 
 lint:
 	@.ci/setup test

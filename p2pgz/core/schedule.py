@@ -48,28 +48,37 @@ FILES_IN_A_ROW: Final = 3
 STEP_OVER_CHUNKS: Final = 64
 # EWMA weight of a new sample: the last ~8 requests count
 LINK_SAMPLE_WEIGHT: Final = 0.125
+# The smallest delay is the network's; a larger one is mostly a busy host's, here or there, and counts this little
+DELAY_RISE_WEIGHT: Final = 1 / 256
 
 
 class LinkEstimate:
     """Delay to the first byte and rate of a source, as exponentially weighted means of its requests."""
 
-    __slots__ = ("bytes_per_second", "first_byte_seconds")
+    __slots__ = ("bytes_per_second", "delay_seconds", "first_byte_seconds")
 
     def __init__(self) -> None:
         self.first_byte_seconds = 0.0
+        self.delay_seconds = 0.0
+        """the smallest of late: what a request costs when nobody is busy"""
         self.bytes_per_second = 0.0
 
     def sample(self, first_byte_seconds: float, body_bytes: int, body_seconds: float) -> None:
         """Count one answered request. Bodies under 64 KiB say nothing about the rate."""
         self.first_byte_seconds = _mean(self.first_byte_seconds, first_byte_seconds)
+        longer = first_byte_seconds - self.delay_seconds
+        if not self.delay_seconds or longer < 0:
+            self.delay_seconds = first_byte_seconds
+        else:
+            self.delay_seconds += DELAY_RISE_WEIGHT * longer
         if body_bytes >= 64 << 10 and body_seconds > 0:
             self.bytes_per_second = _mean(self.bytes_per_second, body_bytes / body_seconds)
 
     def window_bytes(self) -> int:
         """How many compressed bytes cost about as much as the round trip of one request."""
-        if not self.bytes_per_second or not self.first_byte_seconds:
+        if not self.bytes_per_second or not self.delay_seconds:
             return WINDOW_START_BYTES
-        product = int(self.bytes_per_second * self.first_byte_seconds)
+        product = int(self.bytes_per_second * self.delay_seconds)
         return max(WINDOW_MIN_BYTES, min(WINDOW_MAX_BYTES, product))
 
 

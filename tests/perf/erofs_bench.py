@@ -121,11 +121,15 @@ async def mounted(image: ImageOnDisk, system: str, root: Path) -> AsyncIterator[
             await session.wait_closed()
 
 
-async def bench(options: argparse.Namespace) -> None:
+Times = dict[tuple[str, str, str], list[float]]
+"""by system, item, and "cold" or "warm": seconds of each repetition"""
+
+
+async def bench(options: argparse.Namespace) -> Times:
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     image = await trio.to_thread.run_sync(make_image, folder / "image", options.source, options.big_mib * MIB)
-    times: dict[tuple[str, str, str], list[float]] = {}
+    times: Times = {}
     unpacked = folder / "unpacked"
     unpacked.mkdir()
     async with mounted(image, "erofs native", folder / "root") as root:
@@ -149,10 +153,10 @@ async def bench(options: argparse.Namespace) -> None:
                         await trio.to_thread.run_sync(measure, "seq", root, count)
                     took = await trio.to_thread.run_sync(measure, item, root, count)
                     times.setdefault((system, item, state), []).append(took)
-    show(times)
+    return times
 
 
-def show(times: dict[tuple[str, str, str], list[float]]) -> None:
+def show(times: Times) -> None:
     columns = [(item, state) for state in ("cold", "warm") for item in ITEMS]
     print("| seconds (ratio) | " + " | ".join(f"{item} {state}" for item, state in columns) + " |")
     print("|---|" + "---|" * len(columns))
@@ -176,7 +180,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=200_000)
     options = parser.parse_args()
     try:
-        trio.run(bench, options)
+        show(trio.run(bench, options))
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)
 

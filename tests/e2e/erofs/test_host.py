@@ -575,3 +575,22 @@ async def test_self_test_answers_and_leaves_nothing(tmp_path: Path) -> None:
         assert not refused.passed
         assert refused.reason
     assert list(tmp_path.glob("*.p2pgz-erofs")) == []
+
+
+async def test_folder_whose_files_cannot_be_devices_fails_the_self_test(tmp_path: Path) -> None:
+    """The kernel takes no file on overlayfs as an EROFS device: a state directory there is served in tree mode."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mounted = await run("mount", "-t", "overlay", "overlay", "-o", options, tmp_path / "merged")
+    if mounted.returncode:
+        pytest.skip(f"no overlayfs here: {mounted.stderr.decode()}")
+    try:
+        async with hosting(tmp_path) as host:
+            tested = await host.client.self_test(tmp_path / "merged")
+            assert not tested.passed
+            assert "EROFS" in tested.reason
+            assert (await host.client.self_test(tmp_path)).passed
+    finally:
+        with trio.CancelScope(shield=True):
+            await run("umount", tmp_path / "merged")

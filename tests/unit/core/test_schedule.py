@@ -124,6 +124,12 @@ def test_the_window_follows_rate_times_delay_within_bounds():
     assert link.window_bytes() == 250_000
     link.sample(0.020, 100, 10.0)  # so few bytes say nothing about the rate
     assert link.window_bytes() == 250_000
+    for _ in range(5):
+        link.sample(0.5, 100, 10.0)  # somebody is busy: no reason to bring more along
+    assert 250_000 < link.window_bytes() < WINDOW_MAX_BYTES
+    assert link.first_byte_seconds > 0.2
+    link.sample(0.010, 100, 10.0)
+    assert link.window_bytes() == 125_000
     link = LinkEstimate()
     link.sample(2.0, 1 << 20, 0.01)
     assert link.window_bytes() == WINDOW_MAX_BYTES
