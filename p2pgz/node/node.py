@@ -363,6 +363,8 @@ class Node:
         """Open the image of a request; see `image.open`."""
         reference = parse_reference(request.reference)
         source = await self._sources.get(reference, request)
+        if self._peering is not None:
+            await self._peering.first_meeting()
         return await self._opener.open(
             reference,
             source,

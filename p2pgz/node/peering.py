@@ -136,6 +136,11 @@ class Peering:
         if self.dht is not None and not admission.open:
             await self.dht.readmit()
 
+    async def first_meeting(self) -> None:
+        """Before the first image is opened by a node that has just started: know some others, if there are any soon."""
+        if self.bootstrapper.ips() and self.members.leases is not None:
+            await self.members.first_meeting()
+
     async def drain(self) -> None:
         """Accept nobody any more, offer nothing, and let what is on its way to peers arrive."""
         self._listener.stop()

@@ -38,6 +38,9 @@ REDIAL_SECONDS: Final = 5.0
 DIALS_AT_ONCE: Final = 16
 # Who is cut off cannot reach anybody, and chooses others each time: it need not try them all
 DIALS_PER_SECOND: Final = 2.0
+# What the first image that is opened may wait for, so that its leases can be asked for, by a node that began to run just now
+FIRST_MEETING_SECONDS: Final = 0.2
+YOUNG_SECONDS: Final = 10.0
 # Frames about leases that wait for a connection: an asker has hundreds of extents
 UNSENT_MAX: Final = 1024
 NO_CLUSTER: Final[dict[str, Any]] = {
@@ -89,6 +92,9 @@ class Members:
         self._dials, self._dials_at = float(DIALS_AT_ONCE), trio.current_time()
         self._unsent: dict[bytes, list[CrowdFrame]] = {}
         self.leases: LeaseSide | None = None
+        self._met = trio.Event()
+        self._started = trio.current_time()
+        self._meet_until: float | None = None
         self._nursery: trio.Nursery | None = None
         self._news = trio.lowlevel.ParkingLot()
         own = Member(
@@ -131,6 +137,18 @@ class Members:
                         self._tick()
             finally:
                 self._nursery = None  # connections may end after us
+
+    async def first_meeting(self) -> None:
+        """Return once this node knows others, or has waited for them. A node that has been there for a while never waits."""
+        now = trio.current_time()
+        if self._meet_until is None:
+            young = now - self._started < YOUNG_SECONDS
+            self._meet_until = now + FIRST_MEETING_SECONDS if young else now
+        if len(self.machine.members) > 1 or now >= self._meet_until:
+            await trio.lowlevel.checkpoint()
+            return
+        with trio.move_on_at(self._meet_until):
+            await self._met.wait()
 
     def leave(self) -> None:
         """This node is about to end: all members will know at once."""
@@ -277,6 +295,8 @@ class Members:
                 self.leases.on_frame(peer, frame)
             return
         self._do(self.machine.receive(peer, frame, self.now()))
+        if len(self.machine.members) > 1:
+            self._met.set()
         # those that others have chosen are kept, too, but not where connections are scarce
         machine, crowded = self.machine, 2 * len(self._exchange.connections()) > self._exchange.budget.limit
         if peer in machine.partners or (peer in machine.links and not crowded):

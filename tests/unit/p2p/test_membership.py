@@ -18,7 +18,7 @@ from p2pgz.core.multiaddress import PeerAddress
 from p2pgz.core.standing import Fault
 from p2pgz.p2p.handshake import Credentials, dial
 from p2pgz.p2p.identity import Identity
-from p2pgz.p2p.membership import Members
+from p2pgz.p2p.membership import FIRST_MEETING_SECONDS, Members
 from p2pgz.p2p.plane import ChunkPlane, open_plane
 from p2pgz.p2p.uploads import Uploads
 from p2pgz.testing.told_offers import ToldOffers
@@ -153,6 +153,27 @@ async def test_one_with_another_key_is_no_member() -> None:
         with pytest.raises(Exception, match=r"admitted|hello|refused"):
             await stranger.meet(nodes[0])
         assert [node.count for node in (*nodes, stranger)] == [2, 2, 1]
+
+
+async def test_a_young_node_waits_for_others_once_and_not_for_long() -> None:
+    async with hosts(3) as (one, other, alone):
+        met: list[float] = []
+
+        async def wait(node: Host) -> None:
+            began = trio.current_time()
+            await node.members.first_meeting()
+            met.append(trio.current_time() - began)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, alone)
+            nursery.start_soon(wait, other)
+            await other.meet(one)
+        await settled(lambda: other.count == 2)
+        assert len(met) == 2
+        assert max(met) >= FIRST_MEETING_SECONDS
+        began = trio.current_time()
+        await alone.members.first_meeting()
+        assert trio.current_time() - began < FIRST_MEETING_SECONDS
 
 
 async def test_a_bug_in_the_machine_ends_neither_node_nor_connections(
