@@ -96,13 +96,15 @@ class DiffIds:
     ) -> State:
         try:
             found = await check()
-            if found != diff_id:
-                raise ImageInvalid(f"{reference}: a layer is {found}, its config says {diff_id}")
-        except ImageInvalid:
-            await self._note(diff_id, known, name, "wrong")
-            self._announce(diff_id, known, reference, "this one is refused")
-            raise
-        return "right"
+        except ImageInvalid as error:
+            wrong = error
+        else:
+            if found == diff_id:
+                return "right"
+            wrong = ImageInvalid(f"{reference}: a layer is {found}, its config says {diff_id}")
+        await self._note(diff_id, known, name, "wrong")
+        self._announce(diff_id, known, reference, "this one is refused")
+        raise wrong
 
     def _announce(self, diff_id: Digest, known: dict[str, State], reference: str, effect: str) -> None:
         if any(one["diff_id"] == str(diff_id) and one["tocs"] == known for one in self._conflicts):
