@@ -63,6 +63,8 @@ _HINTS: Final = {
 _FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _PROBE_BYTES: Final = 8192
+# Copying file systems set aside many times what a new name takes
+_SHARE_BYTES: Final = 256 << 10
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -280,16 +282,28 @@ class Reserve:
 
     def fill(self) -> None:
         """Take the room, or the half or a quarter of it that there is; best effort. Blocks."""
-        self.is_there = False
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                if _allocate(fd):
-                    self.is_there = True
-                else:
+                self.is_there = _allocate(fd)
+                if not self.is_there:
                     self._path.unlink()
             finally:
                 os.close(fd)
+
+    def share(self) -> None:
+        """Give the room up when there is none besides: a node that starts has sockets to make. Blocks."""
+        probe = self._path.with_name("room" + TEMPORARY_SUFFIX)
+        try:
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _SHARE_BYTES)
+            finally:
+                os.close(fd)
+                probe.unlink()
+        except OSError as error:
+            if is_full(error):
+                self.release()
 
     def release(self) -> bool:
         """Give the room up; false when it was given up before."""

@@ -176,8 +176,9 @@ class Evictor:
             else:
                 self._started = False
             if self._pool.lacks_reserve:  # nothing is kept before that is back
-                await self._evict(FREE_AT_ONCE_BYTES, GRACE_TENTHS[0])
                 await self._pool.take_reserve()
+                if self._pool.lacks_reserve:
+                    await self._evict(FREE_AT_ONCE_BYTES, GRACE_TENTHS[0])  # which takes it
                 await self._measure()
         if self._pool.lacks_reserve:
             return

@@ -157,7 +157,8 @@ class Index:
         reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=disk.sqlite_vfs)
         reader.set_busy_timeout(5000)
         index = cls(reader, writer, reserve, fresh=fresh)
-        index.take_reserve()
+        reserve.fill()
+        reserve.share()
         return index
 
     @classmethod
@@ -172,6 +173,10 @@ class Index:
         """Keep some room on the disk for our own writes, now that there may be some. Blocks."""
         if self._reserve is not None:
             self._reserve.fill()
+
+    def release_reserve(self) -> bool:
+        """Give that room up; false when it was given up before. Blocks."""
+        return self._reserve is not None and self._reserve.release()
 
     @property
     def lacks_reserve(self) -> bool:

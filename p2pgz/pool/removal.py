@@ -17,7 +17,7 @@ import trio
 from p2pgz.core.layout import PAGE_BYTES
 from p2pgz.errors import PoolFull, StateError
 from p2pgz.pool.copies import ChunkCopies
-from p2pgz.pool.disk import TEMPORARY_SUFFIX, named
+from p2pgz.pool.disk import TEMPORARY_SUFFIX, is_full, named
 from p2pgz.pool.segment import Segment
 
 log = structlog.get_logger(component="pool")
@@ -141,9 +141,18 @@ class ChunkRemoval(ChunkCopies):
         segment.take_file(fresh)
 
     def _punch(self, segment: Segment, chunks: list[int]) -> None:
-        try:
+        def punch() -> None:
             for offset, count in punch_ranges(segment, chunks):
                 self._disk.punch(segment.data_fd, offset, count)
+
+        try:
+            try:
+                punch()
+            except OSError as error:
+                # where a file system copies on write, or counts its own blocks, freeing room takes some
+                if not is_full(error) or not self._index.release_reserve():
+                    raise
+                punch()
             self._index.take_reserve()
         except OSError as error:
             log.error(

@@ -546,6 +546,44 @@ async def test_disk_that_has_room_and_refuses_is_given_some_back(tmp_path: Path)
         assert check_content(segment, layer) == len(here(segment))
 
 
+async def test_freeing_room_that_takes_some_gets_it_from_the_reserve(tmp_path: Path) -> None:
+    layer, disk = layer_of(37), FaultyDisk()
+    async with pool_of(tmp_path, disk) as (pool, _, _):
+        segment = await filled(pool, layer)
+        reserve = tmp_path / "index.reserve"
+
+        def refuse() -> None:
+            if reserve.exists():
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        disk.before_punch = refuse
+        before = allocated_bytes(pool.directory)
+        await pool.remove_chunks(segment, range(CHUNKS), trio.lowlevel.checkpoint)
+        assert allocated_bytes(pool.directory) <= before - CHUNKS * CHUNK
+        assert reserve.stat().st_size == RESERVE_BYTES  # there is room for it again
+
+
+async def test_node_that_starts_on_a_full_disk_gives_the_reserve_up_for_its_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = os.posix_fallocate
+
+    def full_but_for_the_reserve(fd: int, offset: int, count: int) -> None:
+        if count < RESERVE_BYTES:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        allocate(fd, offset, count)
+
+    async with pool_of(tmp_path) as (pool, _, _):
+        assert not pool.lacks_reserve
+    monkeypatch.setattr(os, "posix_fallocate", full_but_for_the_reserve)
+    async with pool_of(tmp_path) as (pool, evictor, _):
+        assert pool.lacks_reserve
+        assert not (tmp_path / "index.reserve").exists()
+        assert not (tmp_path / "room.tmp").exists()
+        await evictor._look()
+        assert not pool.lacks_reserve
+
+
 async def test_nothing_is_kept_while_the_index_has_no_reserve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
