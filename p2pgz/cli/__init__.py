@@ -85,6 +85,8 @@ def cli() -> None:
     p2pgz mount python:3.12 /mnt        an image's files, bytes on demand
     p2pgz ls python:3.12 /usr/bin       look without mounting
     p2pgz convert python:3.12 oci:out   make an image lazily mountable
+    p2pgz doctor                        what this host lacks, if anything
+    p2pgz demo                          a small cluster on this machine
     """
 
 

@@ -117,6 +117,12 @@ class DemoNode(BenchNode):
         found: str = self.status()["node"]["addrs"][0]
         return found
 
+    @property
+    def page(self) -> str:
+        """Its status page."""
+        found: str = self.status()["node"]["http"][0]
+        return found
+
     def join(self, *others: DemoNode) -> None:
         """Start, and wait until it knows one of the others."""
         self.start(*(other.address for other in others))

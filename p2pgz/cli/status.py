@@ -32,6 +32,8 @@ def status(settings: Settings, /, as_json: bool) -> None:
     click.echo(f"node {node['version']}, up {node['uptime_seconds']:.0f} s, pid {node['pid']}")
     if node.get("http"):
         click.echo(f"page {node['http'][0]}")
+    if node["peer_id"]:
+        click.echo(f"peers: {len({peer['peer_id'] for peer in document['peers']})} connected")
     for mount in document["mounts"]:
         share = 100 * mount["present_bytes"] / mount["bytes"] if mount["bytes"] else 100
         click.echo(

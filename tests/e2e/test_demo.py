@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,40 @@ def check_who_supplied_what(result: dict[str, Any]) -> None:
     assert all(node["first_output_seconds"] > 0 for node in (first, second, third))
 
 
-def test_a_program_starts_before_most_of_its_image_is_here_and_without_the_registry_in_the_end() -> None:
-    result = demo()
-    assert result["mounted"]
-    assert 0 < result["fetched_bytes"] < result["image_bytes"] / 4
-    assert 0 < result["mount_seconds"] < result["first_output_seconds"]
-    assert result["requests"] > 0
-    check_who_supplied_what(result)
+def test_a_program_starts_before_its_image_is_here_and_the_nodes_stay_to_be_looked_at() -> None:
+    process = subprocess.Popen(
+        [*DEMO, "--json", "--stay"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        result = json.loads(process.stdout.readline() or "{}")
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "the same in a terminal" in line:
+                break
+        assert result["mounted"], said
+        assert 0 < result["fetched_bytes"] < result["image_bytes"] / 4
+        assert 0 < result["mount_seconds"] < result["first_output_seconds"]
+        assert result["requests"] > 0
+        check_who_supplied_what(result)
+        check_things_to_try(said)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+def check_things_to_try(said: str) -> None:
+    [url] = re.findall(r"open (http://\S+) in a browser", said)
+    with urllib.request.urlopen(url, timeout=20) as page:
+        assert b"<title>p2pgz" in page.read()
+    [why] = re.findall(r"2\. .*(--state-dir .+)", said)
+    told = subprocess.run([*DEMO[:-1], *why.split()], capture_output=True, text=True, timeout=60, check=True)
+    assert "peer" in told.stdout
 
 
 def test_without_fuse_it_reads_instead() -> None:
