@@ -26,6 +26,7 @@ COMMANDS = {
     "get": ("files", "Print the bytes that a digest names."),
     "verify": ("files", "Check every byte of an image against its digest."),
     "find": ("find", "Show who provides what a digest names."),
+    "drill": ("drill", "Say what of an image would be lost without its registry."),
     "why": ("why", "Show where a mounted file's bytes came from."),
     "seed": ("seed", "Keep images whole on this node and give them to its peers."),
     "export": ("exports", "Write an image into a file, for hosts without a registry."),

@@ -59,6 +59,7 @@ from p2pgz.web.api import (
 )
 
 if TYPE_CHECKING:
+    from p2pgz.node.drills import Drills
     from p2pgz.node.exports import Exports
     from p2pgz.node.live import LiveSettings
 
@@ -75,6 +76,7 @@ class Node:
     live: LiveSettings
     """the configuration that is in effect"""
     exports: Exports
+    drills: Drills
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from p2pgz.mount.session import FsHost
 from p2pgz.mount.startup import StartUps
 from p2pgz.mount.users import SegmentUsers
 from p2pgz.node.cycles import collect_cycles
+from p2pgz.node.drills import Drills
 from p2pgz.node.exports import Exports
 from p2pgz.node.live import LiveSettings, Read, policy_of
 from p2pgz.node.node import Node
@@ -111,6 +112,7 @@ async def open_node(
         upkeep = Upkeep(config.pool, pool, fetcher, SegmentUsers(mounts, servers))
         sources = Sources(config.registry, stack, fetcher.rates.whole_blob)
         node = Node(config, pool, fetcher, opener, mounts, sources, peering, upkeep, startups, nursery)
+        node.drills = Drills(fetcher, node.open_image, peers)
         node.exports = Exports(
             pool,
             fetcher,

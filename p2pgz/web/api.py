@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from p2pgz.config import NonNegative
 from p2pgz.mount.records import MountDocument
+from p2pgz.web.drills import DrillRequest, Drills, drill_routes
 from p2pgz.web.exports import ExportRequest, Exports, ImportRequest, InventoryRequest
 from p2pgz.web.exports import routes as export_routes
 from p2pgz.web.layers import LayerRequest, Layers, UnpackedRequest
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Control",
+    "DrillRequest",
     "ExportRequest",
     "FindRequest",
     "ImportRequest",
@@ -174,6 +176,9 @@ class Control(Protocol):
     @property
     def exports(self) -> Exports: ...
 
+    @property
+    def drills(self) -> Drills: ...
+
 
 def create_app(control: Control) -> Starlette:
     """The routes."""
@@ -199,6 +204,7 @@ def create_app(control: Control) -> Starlette:
             *layer_routes(control.layers),
             *routes(control.questions),
             *export_routes(control.exports),
+            *drill_routes(control.drills),
             Route("/v1/content", partial(frames, control.read_file, MountRequest), methods=["POST"]),
             Route("/v1/chunks", partial(frames, control.read_digest, GetRequest), methods=["POST"]),
         ]
