@@ -45,7 +45,10 @@ def serve(control: socket.socket) -> None:
         _reap(control)
         if control.fileno() not in ready:
             continue
-        message, ancillary, _, _ = control.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        try:
+            message, ancillary, _, _ = control.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:  # the node is gone, and had not read which children ended
+            return
         fds = relink.descriptors(ancillary)
         if not message:
             return

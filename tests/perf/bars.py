@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def main() -> int:
     if os.geteuid():
         print("this needs root: it mounts, and drops the kernel's caches", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is mounted is unmounted
     begin, load = time.monotonic(), os.getloadavg()[0]
     bars: list[Bar] = []
     faults: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ NAMES = {
     "seq": "1 MiB reads in sequence",
     "random": "random 4 KiB reads",
 }
+SMALLER = Path(os.__file__).parent / "test"  # some thousand files
 WARM = 1.1
 COLD = 1.0
 COLD_RANDOM = 1.6
@@ -27,7 +29,7 @@ COLD_FUSE = 1.3
 def reads(bench: Bench) -> Iterator[Bar]:
     options = argparse.Namespace(
         folder=bench.folder / "reads",
-        source=Path(sys.base_prefix),
+        source=Path(sys.base_prefix) if bench.scale >= 1 else SMALLER,
         repeat=bench.repeat,
         big_mib=bench.sized(256, 16),
         random=bench.sized(200_000, 2000),
