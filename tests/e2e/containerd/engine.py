@@ -157,6 +157,13 @@ class Engine:
         command = [str(self._binaries / "ctr"), "--namespace", self.namespace, *words]
         return self._run(command, check=check, within_seconds=within_seconds)
 
+    def ctr_bytes(self, *words: str) -> bytes:
+        """What it prints, of a command that succeeds."""
+        command = [str(self._binaries / "ctr"), "--namespace", self.namespace, *words]
+        return subprocess.run(
+            command, env=self.environment, stdout=subprocess.PIPE, check=True, timeout=60
+        ).stdout
+
     def p2pgz(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self._run([sys.executable, "-m", "p2pgz", *words], check=check, within_seconds=60)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +92,28 @@ def test_a_container_writes_above_the_image(engine: Engine, image: str) -> None:
     assert engine.run(f"{image}:es", "reader") == f"{READY}\n"
 
 
+def test_containerd_makes_a_layer_of_what_a_container_changed(engine: Engine, image: str) -> None:
+    engine.pull(f"{image}:es")
+    script = "rm /etc/hostname; echo new >/made; sleep 1000"
+    engine.ctr("run", "-d", "--snapshotter", "p2pgz", f"{image}:es", "changed", "/bin/sh", "-c", script)
+    until(lambda: Path("/proc", pid_of(engine, "changed"), "root/made").exists())
+    difference = engine.ctr_bytes("snapshots", "--snapshotter", "p2pgz", "diff", "changed")
+    with tarfile.open(fileobj=io.BytesIO(difference)) as tar:
+        names = set(tar.getnames())
+    assert {"made", "etc/.wh.hostname"} <= names
+    assert not any(name.startswith(("features", "bin")) for name in names)
+    engine.ctr("tasks", "delete", "--force", "changed")
+    engine.ctr("containers", "delete", "changed")
+
+
+def test_an_export_without_the_blobs_is_an_error_that_says_so(engine: Engine, image: str) -> None:
+    engine.pull(f"{image}:es")
+    failed = engine.ctr("images", "export", str(engine.folder / "export.tar"), f"{image}:es", check=False)
+    assert failed.returncode != 0
+    assert "content digest" in failed.stderr
+    assert "not found" in failed.stderr
+
+
 def test_layers_that_nobody_names_are_unpacked_with_the_reason(engine: Engine, image: str) -> None:
     engine.ctr("images", "pull", "--local", "--plain-http", "--snapshotter", "p2pgz", f"{image}:nameless")
     assert engine.run(f"{image}:nameless", "nameless") == f"{READY}\n"
@@ -166,7 +190,7 @@ def test_a_container_lives_through_the_kills_of_everything_below_it(engine: Engi
     engine.kill("node")
     engine.kill("containerd")
     engine.start()
-    upper = Path("/proc", survivor(engine), "root")
+    upper = Path("/proc", pid_of(engine, "survivor"), "root")
     (upper / "tmp" / "go").touch()
     until(lambda: (upper / "tmp" / "sum").exists() and (upper / "tmp" / "sum").read_text() != "")
     assert (upper / "tmp" / "sum").read_text() == (upper / "features" / "large.md5").read_text()
@@ -177,9 +201,9 @@ def test_a_container_lives_through_the_kills_of_everything_below_it(engine: Engi
     engine.ctr("containers", "delete", "survivor")
 
 
-def survivor(engine: Engine) -> str:
+def pid_of(engine: Engine, name: str) -> str:
     rows = [line.split() for line in engine.ctr("tasks", "ls").stdout.splitlines()]
-    return next(row[1] for row in rows if row[0] == "survivor")
+    return next(row[1] for row in rows if row[0] == name)
 
 
 def test_a_container_starts_again_after_all_mounts_are_gone(engine: Engine, image: str) -> None:
