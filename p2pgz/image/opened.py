@@ -17,7 +17,6 @@ from p2pgz.errors import PoolFull, StateError
 from p2pgz.image.layers import LayerRecord
 from p2pgz.image.treefile import TreeFile
 from p2pgz.pool.disk import write_durably
-from p2pgz.pool.presence import iterate_bits
 from p2pgz.pool.segment import Segment
 
 
@@ -53,12 +52,12 @@ class OpenImage:
     @property
     def chunk_bytes(self) -> int:
         """Uncompressed bytes of all chunks."""
-        return sum(segment.bytes_of(range(segment.table.chunk_count)) for segment in self.segments)
+        return sum(segment.all_bytes for segment in self.segments)
 
     @property
     def present_bytes(self) -> int:
         """How many of them are here."""
-        return sum(segment.bytes_of(iterate_bits(segment.presence.to_bytes())) for segment in self.segments)
+        return sum(segment.present_bytes() for segment in self.segments)
 
 
 def write_tree(path: Path, data: bytes) -> None:

@@ -13,7 +13,6 @@ from p2pgz.core.reference import Reference
 from p2pgz.core.seeding import Rate, SeedKey
 from p2pgz.errors import P2pgzError
 from p2pgz.image.opened import OpenImage
-from p2pgz.pool.presence import iterate_bits
 from p2pgz.pool.segment import Segment
 from p2pgz.web.seeds import SeedRequest
 
@@ -113,8 +112,8 @@ def measured(segments: list[Segment]) -> list[LayerProgress]:
     return [
         LayerProgress(
             segment,
-            segment.bytes_of(range(segment.table.chunk_count)),
-            segment.bytes_of(iterate_bits(segment.presence.to_bytes())),
+            segment.all_bytes,
+            segment.present_bytes(),
         )
         for segment in segments
     ]

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from p2pgz.core.layout import FileExtent, SegmentLayout, SegmentTable
 from p2pgz.core.model import ChunkKind
 from p2pgz.errors import ChunkMissing, StateError
 from p2pgz.pool.disk import Disk, write_durably
-from p2pgz.pool.presence import Presence
+from p2pgz.pool.presence import Presence, iterate_bits
 
 SHARED_DOMAIN = "shared"
 DATA_SUFFIX = ".seg"
@@ -94,6 +95,22 @@ class Segment:
         self._busy: Counter[int] = Counter()
         self._removing: set[int] = set()
         self._changed = trio.Event()
+        self._counted_bits, self._counted_bytes = 0, 0
+
+    @cached_property
+    def all_bytes(self) -> int:
+        """Uncompressed bytes of all chunks."""
+        return self.bytes_of(range(self.table.chunk_count))
+
+    def present_bytes(self) -> int:
+        """How many of them are here. Asked each second by whoever watches: looks only at what has changed since."""
+        bits = int.from_bytes(self.presence.to_bytes(), "little")
+        for now, then, sign in ((bits, self._counted_bits, 1), (self._counted_bits, bits, -1)):
+            changed = now & ~then
+            changed_bytes = changed.to_bytes((changed.bit_length() + 7) // 8, "little")
+            self._counted_bytes += sign * self.bytes_of(iterate_bits(changed_bytes))
+        self._counted_bits = bits
+        return self._counted_bytes
 
     def has_table(self, content: bytes) -> bool:
         """Whether these are the bytes of its table."""

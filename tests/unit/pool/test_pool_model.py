@@ -88,6 +88,8 @@ async def run_until_restart(rng, pool, layers, present, steps):
                 assert set(pool.lookup_files("shared", asked)) <= complete
         for other, owner, expected in zip(layers, segments, present, strict=True):
             assert check_content(owner, other) == len(expected)
+            assert owner.present_bytes() == owner.bytes_of(expected)
+            assert owner.all_bytes == sum(map(len, other.chunks))
 
 
 @pytest.mark.trio
