@@ -138,7 +138,7 @@ class Node:
                 "http": self.http_urls,
                 **process.figures(),
             },
-            "peers": self._peering.exchange.status() if self._peering is not None else [],
+            "peers": self._peering.connected() if self._peering is not None else [],
             "cluster": self._peering.members.status() if self._peering is not None else NO_CLUSTER,
             "leases": self._fetcher.leasing.status() if self._fetcher.leasing is not None else NO_LEASES,
             "config": self.live.status(),

@@ -122,6 +122,11 @@ class Peering:
             "connections_closed": self.exchange.budget.closed,
         }
 
+    def connected(self) -> list[dict[str, Any]]:
+        """The open connections, and where those at their other ends are."""
+        zones = [self.members.zone_of(connection.peer) for connection in self.exchange.connections()]
+        return [{**row, "zone": zone} for row, zone in zip(self.exchange.status(), zones, strict=True)]
+
     def dht_is(self, dht: Dht | None) -> None:
         """The DHT runs, or (None) there is none."""
         self.dht = dht

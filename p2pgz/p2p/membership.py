@@ -178,6 +178,11 @@ class Members:
             "view": f"{machine.view:016x}",
         }
 
+    def zone_of(self, peer: PeerId) -> str:
+        """The zone that a member says it is in; empty: it is none, or says nothing."""
+        member = self.machine.members.get(peer.raw)
+        return member.zone if member is not None else ""
+
     # --- leases: `fetch.leasing.LeaseLinks`
 
     def lease_view(self) -> int:

@@ -37,6 +37,7 @@ CODES: Final = (
     ),
     *("500", "502", "503", "504", "1xx", "2xx", "3xx", "4xx", "5xx", "none"),
 )
+LEASE_WAYS: Final = ("fetched", "followed", "direct", "rescued")
 POOL_STATES: Final = ("keeping", "full", "failing")
 
 
@@ -259,6 +260,23 @@ METRICS: Final = (
         lambda m: [((), m.lookup_seconds)],
     ),
     # mounts and seeds
+    Metric(
+        "cluster_members",
+        "gauge",
+        "nodes of the cluster, as far as this one knows",
+        _PLAIN,
+        _at("cluster", "members"),
+    ),
+    Metric("cluster_deaths", "counter", "members that were found dead", _PLAIN, _at("cluster", "deaths")),
+    Metric(
+        "lease_chunks",
+        "counter",
+        "chunks that were asked for by lease: `fetched` from the registry for all, `followed` from the node that got them, "
+        "`direct` from the registry all the same, `rescued` by another node",
+        {"how": LEASE_WAYS},
+        _many(lambda m: {how: m.status["leases"][f"{how}_chunks"] for how in LEASE_WAYS}),
+    ),
+    Metric("leases_granted", "counter", "leases that this node granted", _PLAIN, _at("leases", "granted")),
     Metric("mounts", "gauge", "images that are mounted", _PLAIN, lambda m: [((), len(m.status["mounts"]))]),
     Metric(
         "mounts_lost",

@@ -159,6 +159,11 @@ function showSwarm(status) {
   byId("peers").hidden = !peers.length;
   const node = status.node;
   const out = node.faulty_peers.length ? `${node.faulty_peers.length} peers have lost their place for now. ` : "";
+  const cluster = status.cluster || { members: 0, zones: {} };
+  const zones = Object.entries(cluster.zones).filter(([zone]) => zone).map(([zone, count]) => `${zone}: ${count}`).join(", ");
+  const leases = status.leases || {};
+  byId("cluster-line").textContent = cluster.members < 2 ? "" : `The cluster has ${cluster.members} members${zones ? ` (${zones})` : ""}${cluster.zone ? `; this node is in zone ${cluster.zone}` : ""}. ` +
+    `Chunks by lease: ${leases.fetched_chunks || 0} from the registry on behalf of all, ${leases.followed_chunks || 0} from the node that got them.`;
   byId("swarm-line").textContent = peers.length ? `${out}Of ${node.connections_max} connections that may be open; ${node.connections_refused} found no room, ${node.busy_answers} requests of peers were answered with "busy".`
     : node.peer_id ? `${out}No peer is connected: p2pgz node --bootstrap ADDRESS names one to begin with.` : "This node takes no part in a swarm.";
   drawMap(peers);

@@ -53,6 +53,8 @@ def swarm() -> Iterator[Swarm]:
         seed, other, reader = (
             stack.enter_context(demo_node(folder, name)) for name in ("seed", "other", "reader")
         )
+        for node, zone in ((seed, "north"), (other, "south"), (reader, "north")):
+            (node.folder / "config.toml").write_text(f'version = 1\n[peers]\nzone = "{zone}"\n')
         write_layout(folder / "layout")
         reference = f"{registry.address}/demo/machine:lazy"
         seed("convert", "--json", "--plain-http", f"oci:{folder / 'layout'}:plain", reference)
@@ -136,6 +138,11 @@ def test_it_shows_who_supplied_what_as_it_happens(swarm: Swarm, page: Any) -> No
     )
     assert {code.get_attribute("title") for code in page.locator("#peers code").all()} == ids
     assert page.locator("#map circle.peer").count() == len(ids)
+    page.wait_for_function(
+        "/3 members .north: 2, south: 1./.test(document.querySelector('#cluster-line').textContent)"
+    )
+    zones = {row.inner_text() for row in page.locator("#peers td[data-label=Zone]").all()}
+    assert zones == {"north", "south"}
     assert "keeping" in page.inner_text("#pool-state")
     assert page.locator("#events li").count() > 3
     assert "node.ready" in page.inner_text("#events")

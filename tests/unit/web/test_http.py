@@ -26,6 +26,14 @@ STATUS = {
     },
     "peers": [{}, {}],
     "config": {"refused": None},
+    "cluster": {"members": 3, "deaths": 1},
+    "leases": {
+        "fetched_chunks": 1,
+        "followed_chunks": 2,
+        "direct_chunks": 0,
+        "rescued_chunks": 0,
+        "granted": 5,
+    },
     "mounts": [
         {"state": "lazy", "bytes": 100, "present_bytes": 40},
         {"state": "lost", "bytes": 1, "present_bytes": 0},
