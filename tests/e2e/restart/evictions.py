@@ -25,10 +25,9 @@ from tests.e2e.restart.lazy_node import LazyNode, Readers, push_image, state_fol
 
 READERS = 4
 QUOTA_SHARE = 0.1
-# A read waits for its chunk alone, also when a removal is under way; after a kill, until the next process is there, which
-# on a loaded machine imports for seconds (`make kills` is strict about that)
+# A read waits for its chunk alone, also when a removal is under way; after a kill of the node, besides, until the next one
+# is there: half a second of work, which took 6 s at a load of 20 on two cores (`make kills` is strict about that)
 WAIT_SECONDS = 5.0
-WAIT_AFTER_KILL_SECONDS = 12.0
 KILL_EVERY_SECONDS = 6.0
 GC_EVERY_SECONDS = 2.0
 LOOK_SECONDS = 0.1
@@ -57,6 +56,7 @@ class Campaign:
         self.totals: dict[str, int] = {}
         self.most_bytes = 0
         self.kills: dict[str, int] = {}
+        self.longest_restart_seconds = 0.0
         self._last: dict[str, int] = {}
 
     def run(self, seconds: float, *, kills: bool) -> tuple[dict[str, Any], list[str]]:
@@ -69,8 +69,8 @@ class Campaign:
         finally:
             self.node.close()
         faults = [f"{self.mode}: {fault}" for fault in readers.faults]
-        if readers.longest_seconds > (WAIT_AFTER_KILL_SECONDS if kills else WAIT_SECONDS):
-            faults.append(f"{self.mode}: waited {readers.longest_seconds:.2f} s")
+        if readers.longest_seconds > (allowed := WAIT_SECONDS + self.longest_restart_seconds):
+            faults.append(f"{self.mode}: waited {readers.longest_seconds:.2f} s, allowed {allowed:.2f}")
         if self.most_bytes > self.quota_bytes * SLACK + len(self.hashes) * PAGE_BYTES:
             faults.append(f"{self.mode}: {self.most_bytes} bytes in the pool, allowed {self.quota_bytes}")
         figures = {
@@ -81,6 +81,7 @@ class Campaign:
             "refetched_bytes": max(0, self.totals["fetched_bytes"] - self.image_bytes),
             "reads": readers.reads,
             "longest_wait_seconds": round(readers.longest_seconds, 3),
+            "longest_restart_seconds": round(self.longest_restart_seconds, 3),
             "wrong": sum("wrong bytes" in fault for fault in readers.faults),
             "kills": self.kills,
         }
@@ -127,8 +128,10 @@ class Campaign:
             return
         self._look()
         self._last = {}
+        begin = time.monotonic()
         self.node.kill()
         self.node.start()
+        self.longest_restart_seconds = max(self.longest_restart_seconds, time.monotonic() - begin)
 
 
 def blocks_bytes(directory: Path) -> int:
