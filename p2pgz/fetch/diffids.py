@@ -26,7 +26,7 @@ from p2pgz.core.ports import ImageSource
 from p2pgz.core.tarcheck import TarCheck
 from p2pgz.errors import ChunkCorrupt, ImageInvalid
 from p2pgz.fetch.stall import watched
-from p2pgz.pool.disk import write_durably
+from p2pgz.pool.disk import TEMPORARY_SUFFIX, write_durably
 
 log = structlog.get_logger(component="fetch")
 
@@ -134,9 +134,17 @@ class DiffIds:
         known[name] = state
         data = msgspec.json.encode(known)
 
+        path = self._directory / f"{diff_id.hex}.json"
+
         def write() -> None:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            write_durably(self._directory / f"{diff_id.hex}.json", data)
+            if state != "unchecked":
+                write_durably(path, data)
+                return
+            # a claim is no finding: what a power failure takes of it is taken down again, and a pull need not wait for disks
+            temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+            temporary.write_bytes(data)
+            temporary.replace(path)
 
         try:
             await trio.to_thread.run_sync(write)
