@@ -85,9 +85,7 @@ class ErofsMode:
         if mode == "auto" and not self._resend:
             return Decision(False, NO_RESEND)
         async with self._testing:
-            if self._decision is None:
-                self._decision = await self._find_out()
-        decision = self._decision
+            decision = self._decision or await self._find_out()
         if not decision.erofs and mode == "erofs":
             raise MountUnavailable(
                 f"erofs mode cannot be used on this host: {decision.reason}", hint="use --mode tree"
@@ -101,17 +99,24 @@ class ErofsMode:
                 await self.client.prepare()
 
     async def _find_out(self) -> Decision:
+        """Remembers the answer, unless the next mount may get another one."""
         if os.geteuid() != 0:
             return Decision(False, NOT_ROOT)
         kernel = os.uname().release
         try:
             kept = msgspec.json.decode(self._result_path.read_bytes(), type=_Result)
             if (kept.boot_id, kept.kernel) == (self._boot_id, kernel):
-                return Decision(kept.passed, kept.reason)
+                self._decision = Decision(kept.passed, kept.reason)
+                return self._decision
         except (OSError, msgspec.MsgspecError):
             pass
-        self._scratch_path.mkdir(mode=0o700, exist_ok=True)
+        with suppress(OSError):  # the test will say it
+            self._scratch_path.mkdir(mode=0o700, exist_ok=True)
         tested = await self.client.self_test(self._scratch_path)
+        if not tested.conclusive:
+            log.warning("erofs.not_tested", reason=tested.reason, effect="this mount is in tree mode")
+            return Decision(False, tested.reason)
+        self._decision = Decision(tested.passed, tested.reason)
         result = _Result(self._boot_id, kernel, tested.passed, tested.reason)
         log.info("erofs.self_test", passed=tested.passed, reason=tested.reason, kernel=kernel)
         try:
@@ -120,7 +125,7 @@ class ErofsMode:
             temporary.replace(self._result_path)
         except OSError as error:  # then it is made again
             log.warning("erofs.result_not_kept", reason=str(error))
-        return Decision(tested.passed, tested.reason)
+        return self._decision
 
     async def start(
         self, image: OpenImage, options: SessionOptions, ensure: Ensure, observe: Observe

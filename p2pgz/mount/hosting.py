@@ -69,6 +69,8 @@ class SelfTested(msgspec.Struct, frozen=True, tag="self-tested"):
 
     passed: bool
     reason: str
+    conclusive: bool = True
+    """it is the same until the next boot; else the test could not be made, for now"""
 
 
 Opening = ErofsPart | ResumePart | SelfTestPart

@@ -201,7 +201,7 @@ class SegmentClient:
         try:
             connection, answer = await self._ask(self._maker_host, ask)
         except MountUnavailable as error:
-            return SelfTested(False, error.what)
+            return SelfTested(False, error.what, False)
         connection.close()
         return answer
 

@@ -91,11 +91,11 @@ async def run(host: Host, folder: str) -> SelfTested:
             if fault:
                 return SelfTested(False, fault)
     except trio.TooSlowError:
-        return SelfTested(False, f"the self-test of EROFS was not done in {STEP_SECONDS:g} s")
+        return SelfTested(False, f"the self-test of EROFS was not done in {STEP_SECONDS:g} s", False)
     except P2pgzError as error:
         return SelfTested(False, error.what)
     except OSError as error:
-        return SelfTested(False, f"the self-test of EROFS could not be made: {error}")
+        return SelfTested(False, f"the self-test of EROFS could not be made: {error}", False)
     return SelfTested(True, "")
 
 
