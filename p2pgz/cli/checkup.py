@@ -149,7 +149,7 @@ def erofs(file_systems: str, modules: Path, kept_result: Path, *, boot_id: str) 
             "this kernel has no EROFS",
             "tree mode is used; --mode erofs needs CONFIG_EROFS_FS",
         )
-    return Finding("erofs", "ok", "the kernel has EROFS; the first mount with --mode erofs tests it")
+    return Finding("erofs", "ok", "the kernel has EROFS; the first mount tests whether it can be trusted")
 
 
 def clock(now: float, adjtimex: Callable[[], int]) -> Finding:
