@@ -88,7 +88,9 @@ class Campaign:
                 case "fs paused" | "node paused" | "both paused":
                     self.pause(victim)
                 case "fs stopped":
+                    stopped = set(self.node.fs_pids())
                     self.strike_fs(signal.SIGSTOP)
+                    self.wait_replaced(stopped)
                 case "node":
                     self.strike(self.node.kill)
                     time.sleep(self.rng.uniform(0, 0.3))
@@ -128,6 +130,13 @@ class Campaign:
     def strike_fs(self, number: int) -> None:
         pids = self.node.fs_pids()
         self.strike(lambda: send(pids, number))
+
+    def wait_replaced(self, pids: set[int]) -> None:
+        """Readers in erofs mode may get on by what the kernel has; the next step is not to meet a stopped process."""
+        deadline = time.monotonic() + 2 * STOPPED_WAIT_SECONDS
+        while pids & set(self.node.fs_pids()):
+            assert time.monotonic() < deadline, "a stopped process is not replaced"
+            time.sleep(0.05)
 
     def pause(self, victim: str) -> None:
         assert self.node.process is not None
