@@ -8,10 +8,7 @@ what vouches for the TOC.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -21,7 +18,6 @@ import structlog
 import trio
 
 from p2pgz.core.digest import Digest
-from p2pgz.core.footer import FooterKind
 from p2pgz.core.layout import SegmentLayout
 from p2pgz.core.media import Descriptor, Manifest, parse_manifest_or_index
 from p2pgz.core.messages import DOCUMENT_MAX_BYTES
@@ -46,11 +42,11 @@ from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.from_registry import harvest
 from p2pgz.fetch.shares import Access
 from p2pgz.fetch.stall import watched
+from p2pgz.image.layer_records import LayerFacts, LayerRecord, OpenLayer, domain_of, facts_name, laid_out
 from p2pgz.image.opening import first_error
 from p2pgz.image.plain_layers import PlainLayer, PlainLayers
 from p2pgz.pool.disk import write_durably
-from p2pgz.pool.pool import Pool, Segment, SegmentMeta
-from p2pgz.pool.segment import SHARED_DOMAIN
+from p2pgz.pool.pool import Pool, SegmentMeta
 
 log = structlog.get_logger(component="image")
 
@@ -64,46 +60,6 @@ EXTERNAL_TOC_MAX_BYTES: Final = 128 << 20
 TOC_FROM_PEERS_SECONDS: Final = 5.0
 # stargz-snapshotter's "external TOC" feature: which layer a TOC image's layer belongs to
 LAYER_DIGEST_ANNOTATION: Final = "containerd.io/snapshot/stargz/layer.digest"
-
-
-class LayerRecord(msgspec.Struct, frozen=True):
-    """What a tree file remembers of each layer."""
-
-    segment: str
-    blob: str
-    streamed: bool
-    unverified: bool
-    prefetch_end: int
-
-
-class _Facts(msgspec.Struct, frozen=True):
-    """What `layers/KEY.json` remembers: enough to parse the kept TOC again."""
-
-    document: str
-    kind: FooterKind | Literal["plain"]
-    compression: Literal["gzip", "zstd", "none"]
-    payload_end: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenLayer:
-    """A layer that can be merged and read."""
-
-    toc: Toc
-    layout: SegmentLayout
-    segment: Segment
-    record: LayerRecord
-
-
-def domain_of(record: LayerRecord, domain: str) -> str:
-    """The dedup domain of a layer of an image that belongs to `domain`.
-
-    What nothing vouches for stays by itself, so that it can never stand in for others.
-    """
-    if not record.unverified:
-        return domain
-    own = f"unverified-{record.blob.removeprefix('sha256:')}"
-    return own if domain == SHARED_DOMAIN else f"{domain}-{own}"
 
 
 class _Tail:
@@ -229,7 +185,9 @@ class LayerOpener:
         wanted = shared_document(descriptor.annotations)
         if wanted is None:
             try:
-                facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
+                facts = msgspec.json.decode(
+                    (self._facts / facts_name(descriptor)).read_bytes(), type=LayerFacts
+                )
             except (OSError, msgspec.MsgspecError):
                 await trio.lowlevel.checkpoint()
                 return None
@@ -269,7 +227,7 @@ class LayerOpener:
     ) -> OpenLayer | None:
         """The layer as it was opened before, from the pool alone."""
         try:
-            facts = msgspec.json.decode(self._facts_path(descriptor).read_bytes(), type=_Facts)
+            facts = msgspec.json.decode((self._facts / facts_name(descriptor)).read_bytes(), type=LayerFacts)
             data = await self._pool.get_object(Digest.parse(facts.document), domain=access.domain)
         except (OSError, msgspec.MsgspecError, P2pgzError):
             return None
@@ -343,7 +301,7 @@ class LayerOpener:
     async def keep_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> OpenLayer:
         """Remember a lazily readable layer, and make its segment."""
         known = self._pool.segment(opened.toc.digest, access.domain) if opened.vouched else None
-        opened, layout = await trio.to_thread.run_sync(_laid_out, descriptor, opened, known)
+        opened, layout = await trio.to_thread.run_sync(laid_out, descriptor, opened, known)
         try:
             # both wait for the disk most of the time
             async with trio.open_nursery() as nursery:
@@ -357,7 +315,7 @@ class LayerOpener:
             raise first_error(group) from group
 
     async def _remember_lazy(self, descriptor: Descriptor, opened: Opened, access: Access) -> None:
-        facts = _Facts(
+        facts = LayerFacts(
             document=str(opened.toc.digest),
             kind=opened.footer.kind,
             compression=opened.compression,
@@ -372,7 +330,7 @@ class LayerOpener:
     async def keep_plain(self, descriptor: Descriptor, plain: PlainLayer, access: Access) -> OpenLayer:
         """The same for a plain one."""
         document = str(plain.document)
-        facts = _Facts(document=document, kind=PLAIN, compression="none", payload_end=descriptor.size)
+        facts = LayerFacts(document=document, kind=PLAIN, compression="none", payload_end=descriptor.size)
         await self._remember(descriptor, facts, plain.document, plain.data, access)
         return await self._finish_plain(descriptor, plain, access)
 
@@ -380,10 +338,10 @@ class LayerOpener:
         return await self._finish(descriptor, plain.toc, plain.layout, PLAIN, access, unverified=False)
 
     async def _remember(
-        self, descriptor: Descriptor, facts: _Facts, document: Digest, data: bytes, access: Access
+        self, descriptor: Descriptor, facts: LayerFacts, document: Digest, data: bytes, access: Access
     ) -> None:
         """Keep what was learned; a full disk costs the next open its requests, nothing else."""
-        path = self._facts_path(descriptor)
+        path = self._facts / facts_name(descriptor)
 
         def write() -> None:
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -420,28 +378,3 @@ class LayerOpener:
         )
         segment = await self._pool.open_segment(layout, meta)
         return OpenLayer(toc=toc, layout=layout, segment=segment, record=record)
-
-    def _facts_path(self, descriptor: Descriptor) -> Path:
-        key = hashlib.sha256(
-            msgspec.json.encode(
-                [str(descriptor.digest), descriptor.size, sorted(descriptor.annotations.items())]
-            )
-        )
-        return self._facts / f"{key.hexdigest()}.json"
-
-
-def _laid_out(descriptor: Descriptor, opened: Opened, known: Segment | None) -> tuple[Opened, SegmentLayout]:
-    """The layout, as the pool knows it if it does: where the last member ends the footer alone tells, and who opened the
-    layer by its document has taken it for longer (`core.tail.open_document`). Runs in a thread."""
-    layout = SegmentLayout.build(opened.toc, compression=opened.compression)
-    if known is None or known.has_table(layout.to_bytes()):
-        return opened, layout
-    footer = opened.footer._replace(payload_end=max(known.table.blob_end, default=0))
-    with suppress(ImageInvalid):
-        toc = parse_toc(
-            opened.toc_json, kind=footer.kind, payload_end=footer.payload_end, blob_size=descriptor.size
-        )
-        same = SegmentLayout.build(toc, compression=opened.compression)
-        if known.has_table(same.to_bytes()):
-            return opened._replace(toc=toc, footer=footer), same
-    return opened, layout

@@ -37,7 +37,8 @@ from p2pgz.fetch.documents import Documents
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Access, Place, Shares
-from p2pgz.image.layers import LayerOpener, LayerRecord, OpenLayer, domain_of
+from p2pgz.image.layer_records import LayerRecord, OpenLayer, domain_of
+from p2pgz.image.layers import LayerOpener
 from p2pgz.image.merge import LayerInput, merge_layers
 from p2pgz.image.opened import ImageRecord, OpenImage, map_tree, write_tree
 from p2pgz.image.opening import Away, LazyConfig, Wanted, documents_of, first_error, naming, silent
@@ -47,7 +48,7 @@ from p2pgz.image.tags import LOOK_UP_SECONDS, Tags, stale_warning
 from p2pgz.image.treebuild import build_tree
 from p2pgz.image.treefile import TreeFile
 from p2pgz.pool.pool import Pool
-from p2pgz.pool.segment import SHARED_DOMAIN, Segment
+from p2pgz.pool.segment import Segment
 
 log = structlog.get_logger(component="image")
 
@@ -269,7 +270,7 @@ class ImageOpener:
     async def _known(self, wanted: Wanted) -> OpenImage | None:
         """The image as it was opened before, if all of it is still here."""
         domain = wanted.place.domain
-        path = self._tree_path(wanted)
+        path = self._trees / wanted.tree_name
         try:
             tree = map_tree(path)
             record = msgspec.json.decode(tree.info, type=ImageRecord)
@@ -296,18 +297,17 @@ class ImageOpener:
         domain = wanted.place.domain
         layers = await self._open_layers(wanted, progress)
         inputs = [LayerInput(layer.toc, layer.layout.extents, layer.segment.id) for layer in layers]
-        path = self._tree_path(wanted)
-
+        path = self._trees / wanted.tree_name
         shared = await shared_files(self._pool, layers, domain)
 
-        def build() -> tuple[bytes, ImageRecord]:
+        def build() -> ImageRecord:
             merged = merge_layers(inputs)
             record = ImageRecord([layer.record for layer in layers], merged.warnings)
             find = lambda keys: {key: shared[key] for key in keys if key in shared}  # noqa: E731
-            return build_tree(merged, shared_files=find, info=msgspec.json.encode(record)), record
+            write_tree(path, build_tree(merged, shared_files=find, info=msgspec.json.encode(record)))
+            return record
 
-        data, record = await trio.to_thread.run_sync(build)
-        await trio.to_thread.run_sync(write_tree, path, data)
+        record = await trio.to_thread.run_sync(build)
         for text in record.warnings:
             log.warning("image.warning", reference=str(wanted.reference), text=text)
         tree = map_tree(path)
@@ -320,11 +320,8 @@ class ImageOpener:
         domains = {layer.segment: domain_of(layer, domain) for layer in record.layers}
         segments = []
         for digest in tree.segments:
-            segment = self._pool.segment(digest, domains.get(str(digest), domain))
-            if segment is None:
-                raise StateError(
-                    f"segment {digest} is not in the pool any more", hint="the image is opened anew"
-                )
+            if (segment := self._pool.segment(digest, domains.get(str(digest), domain))) is None:
+                raise StateError(f"segment {digest} is not in the pool any more", hint="it is opened anew")
             segments.append(segment)
         return segments
 
@@ -401,9 +398,3 @@ class ImageOpener:
             ],
             warnings=record.warnings,
         )
-
-    def _tree_path(self, wanted: Wanted) -> Path:
-        place = wanted.place
-        suffix = "" if place.domain == SHARED_DOMAIN else "-" + Digest.of(place.domain.encode()).hex[:16]
-        part = f"-{len(wanted.layers)}" if wanted.is_part else ""
-        return self._trees / f"{place.manifest.hex}{part}{suffix}.tree"

@@ -14,7 +14,7 @@ import msgspec
 
 from p2pgz.core.digest import Digest
 from p2pgz.errors import PoolFull, StateError
-from p2pgz.image.layers import LayerRecord
+from p2pgz.image.layer_records import LayerRecord
 from p2pgz.image.treefile import TreeFile
 from p2pgz.pool.disk import write_durably
 from p2pgz.pool.segment import Segment
@@ -43,6 +43,11 @@ class OpenImage:
     warnings: list[str] = field(default_factory=list)
     stale_since: float | None = None
     """when the tag was last asked for, seconds since 1970, if its registry could not be reached just now"""
+
+    @property
+    def staleness(self) -> list[str]:
+        """The warning that its tag may mean something else by now; the others were said when it was opened first."""
+        return self.warnings[-1:] if self.stale_since is not None else []
 
     @property
     def all_segments(self) -> list[Segment]:

@@ -19,6 +19,7 @@ from p2pgz.core.reference import Reference
 from p2pgz.core.tail import shared_document
 from p2pgz.errors import IntegrityError, StateError
 from p2pgz.fetch.shares import Place
+from p2pgz.pool.segment import SHARED_DOMAIN
 
 BROKEN_HINT: Final = "this copy is damaged or was built wrongly: get another one, or tell its publisher"
 
@@ -39,6 +40,14 @@ class Wanted:
     def is_part(self) -> bool:
         """Whether it is less than the image."""
         return 0 < self.lowest < len(self.manifest.layers)
+
+    @property
+    def tree_name(self) -> str:
+        """The file that its tree is kept in."""
+        domain = self.place.domain
+        suffix = "" if domain == SHARED_DOMAIN else "-" + Digest.of(domain.encode()).hex[:16]
+        part = f"-{len(self.layers)}" if self.is_part else ""
+        return f"{self.place.manifest.hex}{part}{suffix}.tree"
 
     @property
     def layers(self) -> tuple[Descriptor, ...]:

@@ -7,7 +7,7 @@ from typing import Final
 import trio
 
 from p2pgz.core.content import FileRef, content_key
-from p2pgz.image.layers import OpenLayer
+from p2pgz.image.layer_records import OpenLayer
 from p2pgz.pool.pool import Pool
 
 # 2 us a key: a step of 4 ms

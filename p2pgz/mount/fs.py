@@ -68,17 +68,22 @@ def name_process(name: bytes) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ), "ascii")
 
 
-def run(connection: socket.socket) -> int:
-    """Be an `fs` process; returns the exit status."""
+def become(name: bytes) -> None:
+    """What a process that serves mounts begins with: a session and a name of its own, a log, and no death by a terminal."""
     os.setsid()
     os.chdir("/")
-    name_process(PROCESS_NAME)
+    name_process(name)
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s p2pgz-fs[%(process)d] %(levelname)s %(message)s"
+        level=logging.WARNING, format=f"%(asctime)s {name.decode()}[%(process)d] %(levelname)s %(message)s"
     )
     logging.raiseExceptions = False  # standard error may be a pipe whose reader is gone
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)
+
+
+def run(connection: socket.socket) -> int:
+    """Be an `fs` process; returns the exit status."""
+    become(PROCESS_NAME)
     signal.alarm(START_SECONDS)  # whatever hangs in there, the process must not; `serve` takes the timer over
     try:
         options = _receive_session(connection)

@@ -29,6 +29,7 @@ from p2pgz.mount.roster import listening, weeded
 from p2pgz.mount.servers import EROFS, Served, Servers
 from p2pgz.mount.session import FsSession
 from p2pgz.mount.setup import READ_AHEAD_COMPLETE_KB
+from p2pgz.mount.shutdown import system_is_stopping
 from p2pgz.mount.umount import is_ours, top_mount
 from p2pgz.pool.catalog import Catalog, MountRecord
 from p2pgz.pool.segment import Segment
@@ -392,16 +393,3 @@ class Mounts:
             "pid": mounted.session.pid,
             "restarts": mounted.restarts,
         }
-
-
-async def system_is_stopping() -> bool:
-    """Whether this machine is being shut down: its unmounts are not what the user wants for the next boot."""
-    if not Path("/run/systemd/system").is_dir():
-        return False
-    try:
-        done = await trio.run_process(
-            ["systemctl", "is-system-running"], capture_stdout=True, capture_stderr=True, check=False
-        )
-    except OSError:
-        return False
-    return done.stdout.strip() == b"stopping"

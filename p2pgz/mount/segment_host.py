@@ -371,15 +371,7 @@ class SegmentHost:
 
 def run(control: socket.socket) -> int:
     """Be a segment host; returns the exit status."""
-    os.setsid()
-    os.chdir("/")
-    fs.name_process(PROCESS_NAME)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s p2pgz-segments[%(process)d] %(levelname)s %(message)s"
-    )
-    logging.raiseExceptions = False  # standard error may be a pipe whose reader is gone
-    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(ignored, signal.SIG_IGN)
+    fs.become(PROCESS_NAME)
     # a reader killed at the wrong instant leaves our read of the device waiting; a signal ends that (see `fs`)
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, fs.UNSTICK_SECONDS, fs.UNSTICK_SECONDS)

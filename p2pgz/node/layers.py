@@ -23,7 +23,7 @@ from p2pgz.core.ports import ImageSource
 from p2pgz.core.reference import parse_reference
 from p2pgz.errors import ImageInvalid, ImageNotFound
 from p2pgz.fetch.diffids import DiffIds, check_blob
-from p2pgz.image.layers import OpenLayer
+from p2pgz.image.layer_records import OpenLayer
 from p2pgz.image.open import ImageOpener
 from p2pgz.image.opened import ImageRecord, OpenImage
 from p2pgz.registry.sources import Sources

@@ -5,7 +5,6 @@ Made by `node.run`. Nothing here decides about chunks or bytes; it only asks the
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import AsyncIterator
@@ -128,32 +127,33 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """The document of `p2pgz status --json` (docs/reference/control-api.md); fields may be added, never renamed."""
-        counters = self._fetcher.counters
+        counters, peering = self._fetcher.counters, self._peering
         return {
             "node": {
-                **(self._peering.status() if self._peering is not None else NO_PEERS),
+                **(peering.status() if peering is not None else NO_PEERS),
                 "uptime_seconds": time.monotonic() - self._started,
                 "version": __version__,
                 "pid": os.getpid(),
                 "http": self.http_urls,
                 **process.figures(),
             },
-            "peers": self._peering.connected() if self._peering is not None else [],
-            "cluster": self._peering.members.status() if self._peering is not None else NO_CLUSTER,
+            "peers": peering.connected() if peering is not None else [],
+            "cluster": peering.members.status() if peering is not None else NO_CLUSTER,
             "leases": self._fetcher.leasing.status() if self._fetcher.leasing is not None else NO_LEASES,
             "config": self.live.status(),
             "mounts": self.mounts.status(),
             "seeds": self.seeds.status(),
             "unpacked": self.layers.status(),
             "diffid_conflicts": self.layers.diff_ids.status(),
-            "pool": self._pool_status(),
+            "pool": self._upkeep.status(),
             "sources": {
                 "pool": {"chunks": counters.pool_chunks, "bytes": counters.pool_bytes},
                 "peer": {
                     "chunks": counters.peer_chunks,
                     "bytes": counters.peer_bytes,
                     "failures": counters.peer_failures,
-                    "wasted_bytes": counters.wasted_bytes + self._dropped_bytes(),
+                    "wasted_bytes": counters.wasted_bytes
+                    + (peering.exchange.dropped_bytes if peering else 0),
                 },
                 "registry": {
                     "chunks": counters.registry_chunks,
@@ -168,18 +168,6 @@ class Node:
         """How the pool is, and what a failing disk said."""
         status = self._upkeep.evictor.status()
         return str(status["state"]), str(status["error"])
-
-    def _dropped_bytes(self) -> int:
-        return self._peering.exchange.dropped_bytes if self._peering is not None else 0
-
-    def _pool_status(self) -> dict[str, Any]:
-        space = os.statvfs(self._pool.directory)
-        return {
-            **dataclasses.asdict(self._pool.stats()),
-            **self._upkeep.status(),
-            "path": str(self._pool.directory),
-            "free_bytes": space.f_bavail * space.f_frsize,
-        }
 
     async def mount(self, request: MountRequest, progress: Progress) -> dict[str, Any]:
         """Open the image, start its file system and leave the mount's descriptor for the command."""
@@ -306,13 +294,13 @@ class Node:
             image = await self.open_image(request, progress)
             rows = list_directory(image.tree, os.fsencode(request.path or "/"), recursive=request.recursive)
             entries = [row.to_json() for row in rows]
-            return {"lines": format_rows(rows), "entries": entries, "warnings": _staleness(image)}
+            return {"lines": format_rows(rows), "entries": entries, "warnings": image.staleness}
 
     async def read_file(self, request: MountRequest, warn: Warn) -> AsyncIterator[memoryview]:
         """The bytes of one file."""
         async with self.in_use():
             image = await self.open_image(request, _silent)
-            for warning in _staleness(image):
+            for warning in image.staleness:
                 warn(warning)
             async for piece in files.read_path(image, self._fetcher, os.fsencode(request.path)):
                 yield piece
@@ -337,7 +325,7 @@ class Node:
                 return await verify_image(image, self._pool, self._fetcher, fetch=False, progress=progress)
             image = await self.open_image(request, progress)
             found = await verify_image(image, self._pool, self._fetcher, fetch=True, progress=progress)
-            return {**found, "warnings": _staleness(image)}
+            return {**found, "warnings": image.staleness}
 
     async def pool_gc(self, request: GcRequest, progress: Progress) -> dict[str, Any]:
         """Give back what the pool need not hold."""
@@ -406,11 +394,6 @@ class Node:
             if left <= 0:
                 return
             await trio.sleep(min(left, 0.5) if self.mounts.count or self.busy else left)
-
-
-def _staleness(image: OpenImage) -> list[str]:
-    """The warning that its tag may mean something else by now; the others were said when it was opened first."""
-    return image.warnings[-1:] if image.stale_since is not None else []
 
 
 async def _silent(_: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Made by `node.run`; `Node` passes the commands of `p2pgz pool` on to it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any, Final
@@ -77,8 +78,12 @@ class Upkeep:
         return trio.current_time() - self._active_at < IDLE_AFTER_SECONDS
 
     def status(self) -> dict[str, Any]:
-        """What `pool` in the status document says of this."""
+        """`pool` in the status document."""
+        space = os.statvfs(self._pool.directory)
         return {
+            **dataclasses.asdict(self._pool.stats()),
+            "path": str(self._pool.directory),
+            "free_bytes": space.f_bavail * space.f_frsize,
             **self.evictor.status(),
             **self._scrubber.status(),
             "pins": [

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 import trio
@@ -33,6 +33,7 @@ from p2pgz.p2p.dialling import Dialler
 from p2pgz.p2p.handshake import Credentials, Handshaken, accept, say_goodbye
 from p2pgz.p2p.offers import Offers, WantedChunks
 from p2pgz.p2p.uploads import Uploads
+from p2pgz.p2p.watcher import NotTaken, Watcher
 
 log = structlog.get_logger(component="peers")
 
@@ -50,20 +51,6 @@ DOCUMENT_BUSY_MAX_SECONDS: Final = 0.5
 INDEX_ASKS_MAX: Final = 16
 # of thousands of ids that one host may have made, the newest will do
 FAULTY_SHOWN: Final = 64
-
-
-class NotTaken(SourceUnavailable):
-    """A peer answered, and it was us who did not want the connection."""
-
-
-class Watcher(Protocol):
-    """Told of each connection."""
-
-    def opened(self, connection: Connection) -> None:
-        """A new one; it may have ended before it is run."""
-
-    def ended(self, connection: Connection) -> None:
-        """It is not among `connections` any more."""
 
 
 class Exchange:

@@ -27,8 +27,9 @@ from p2pgz.errors import ConfigError, P2pgzError
 from p2pgz.p2p.asking import PeerBusy
 from p2pgz.p2p.certificate import verify_signature
 from p2pgz.p2p.connection import Connection
-from p2pgz.p2p.exchange import Exchange, NotTaken
+from p2pgz.p2p.exchange import Exchange
 from p2pgz.p2p.identity import Identity
+from p2pgz.p2p.watcher import NotTaken
 
 log = structlog.get_logger(component="members")
 

@@ -25,7 +25,8 @@ from p2pgz.fetch.offers import PoolOffers
 from p2pgz.fetch.origin import Origin
 from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Access, Shares
-from p2pgz.image.layers import LayerOpener, OpenLayer
+from p2pgz.image.layer_records import OpenLayer
+from p2pgz.image.layers import LayerOpener
 from p2pgz.p2p.handshake import Credentials
 from p2pgz.p2p.identity import Identity
 from p2pgz.p2p.membership import Members

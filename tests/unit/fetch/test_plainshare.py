@@ -37,7 +37,8 @@ from p2pgz.fetch.service import ChunkFetcher
 from p2pgz.fetch.shares import Access
 from p2pgz.fetch.signed import SignedLayers
 from p2pgz.fetch.trace import POOL, Kind, Source
-from p2pgz.image.layers import LayerOpener, OpenLayer
+from p2pgz.image.layer_records import OpenLayer
+from p2pgz.image.layers import LayerOpener
 from p2pgz.image.plain_layers import PlainLayers
 from p2pgz.p2p.certificate import verify_signature
 from p2pgz.p2p.exchange import Exchange
