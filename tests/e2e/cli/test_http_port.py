@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.cli.fake_registry_thread import RegistryThread
 from tests.e2e.cli.images import FILES, push_converted
-from tests.e2e.cli.running import P2pgz, mounted
+from tests.e2e.cli.running import P2pgz, mounted, until
 
 pytestmark = pytest.mark.root
 
@@ -27,6 +28,11 @@ def values(text: bytes) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
+def shown(base: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(fetch(f"{base}status"))
+    return document
+
+
 def test_metrics_and_status_say_where_the_bytes_of_a_mount_came_from(
     p2pgz: P2pgz, registry: RegistryThread, home: Path
 ) -> None:
@@ -40,8 +46,10 @@ def test_metrics_and_status_say_where_the_bytes_of_a_mount_came_from(
     with mounted(p2pgz, reference, home / "root"):
         name, content = next(iter(FILES.items()))
         assert (home / "root" / name).read_bytes() == content
-        after = values(fetch(f"{base}metrics"))
-        status = json.loads(fetch(f"{base}status"))
+        # one document serves all who look within half a second: at first it is one from before the mount
+        until(lambda: values(fetch(f"{base}metrics"))["p2pgz_mounts"] == 1, "metrics of the mount")
+        until(lambda: shown(base)["mounts"][0]["present_bytes"] >= len(content), "the status of the mount")
+        after, status = values(fetch(f"{base}metrics")), shown(base)
     [mount] = status["mounts"]
     assert mount["sources"]["registry"] == after['p2pgz_chunk_bytes_total{source="registry"}'] >= len(content)
     assert sum(mount["sources"].values()) == mount["present_bytes"]

@@ -84,7 +84,7 @@ async def test_ordinary_user_mounts_reads_and_unmounts(
     root.mkdir()
     os.chown(root, NOBODY, NOBODY)
     async with FsHost.open() as host:
-        host._spawner = spawner  # type: ignore[assignment]
+        host.spawner = spawner  # type: ignore[assignment]
         session: FsSession = await host.start_session(
             image.options(directory=str(root)), Supplier(image).ensure
         )
@@ -115,7 +115,7 @@ async def test_what_a_user_may_not_do_is_said(
     if what == "suid":
         os.chown(root, NOBODY, NOBODY)
     async with FsHost.open() as host:
-        host._spawner = spawner  # type: ignore[assignment]
+        host.spawner = spawner  # type: ignore[assignment]
         options = image.options(directory="" if what == "no directory" else str(root), suid=what == "suid")
         with pytest.raises(MountUnavailable) as caught:
             await host.start_session(options, Supplier(image).ensure)
@@ -131,7 +131,7 @@ async def test_host_without_fuse_says_what_to_do(
     root.mkdir()
     os.chown(root, NOBODY, NOBODY)
     async with FsHost.open() as host:
-        host._spawner = spawner  # type: ignore[assignment]
+        host.spawner = spawner  # type: ignore[assignment]
         with pytest.raises(MountUnavailable) as caught:
             await host.start_session(image.options(directory=str(root)), Supplier(image).ensure)
         assert "/dev/fuse" in str(caught.value)

@@ -151,15 +151,18 @@ class LazyNode:
         return pid
 
     def fs_pids(self) -> list[int]:
-        """The `fs` processes; none while there is no holder to ask."""
+        """The `fs` processes; none of a mount whose process is just being replaced, or whose holder is."""
         try:
-            return [entry["pid"] for entry in ask(self.state / "holder.sock", {"op": "list"})["mounts"]]
+            entries = ask(self.state / "holder.sock", {"op": "list"})["mounts"]
+            return [
+                entry["pid"] for entry in entries if entry["pid"]
+            ]  # a signal to 0 would be one to ourselves
         except OSError:
             return []
 
     def fs_pid(self) -> int:
-        """The one `fs` process, or segment host, once it is there: 0 would be this process's own group."""
-        wait_until(lambda: len(pids := self.fs_pids()) == 1 and pids[0])
+        """The one `fs` process, or segment host, once it is there."""
+        wait_until(lambda: len(self.fs_pids()) == 1)
         return self.fs_pids()[0]
 
     def close(self) -> None:

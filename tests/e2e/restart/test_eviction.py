@@ -179,7 +179,7 @@ def test_stopped_process_keeps_its_chunks_and_costs_a_collection_five_seconds(
     node, (reference, hashes, _) = make_node(), images[0]
     root = mounted(node, reference)
     assert wrong(root, hashes) == []
-    [pid] = node.fs_pids()
+    pid = node.fs_pid()
     os.kill(pid, signal.SIGSTOP)
     try:
         begin = time.monotonic()

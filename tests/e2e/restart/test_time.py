@@ -83,7 +83,7 @@ def test_a_clock_that_jumps_by_years_is_not_noticed(
     try:
         node.start()
         root = mounted(node, reference)
-        [pid] = node.fs_pids()
+        pid = node.fs_pid()
         for number, years in enumerate((1, -1, 0, 1)):
             replaced = folder / "next"
             replaced.write_text(str(years * TEN_YEARS_SECONDS))
@@ -118,7 +118,7 @@ def test_a_machine_that_sleeps_with_a_waiting_reader_goes_on_where_it_was(
     try:
         node.start()
         root = mounted(node, reference)
-        [pid] = node.fs_pids()
+        pid = node.fs_pid()
         all_of_them = [*(descendants() - others), node.holder_pid(), pid]
         hangs = Fault(on="/blobs/", silent=True, times=EVER)
         registry.spoil(hangs)

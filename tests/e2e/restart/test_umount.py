@@ -51,7 +51,7 @@ def test_a_mount_in_use_stays_until_it_is_detached_and_then_serves_its_last_user
 ) -> None:
     reference, hashes = image
     root = mounted(node, reference)
-    [pid] = node.fs_pids()
+    pid = node.fs_pid()
     with (root / "f001").open("rb") as file:
         refused = node.call("umount", root, check=False)
         assert refused.returncode == 14
