@@ -19,7 +19,7 @@ from p2pgz.core.sharing import Mode
 from p2pgz.core.structcheck import Mistake
 from p2pgz.errors import P2pgzError
 from p2pgz.node.live import policy_of
-from p2pgz.node.peering import read_admission
+from p2pgz.node.peering import read_admission, read_zone
 from p2pgz.node.seeding import configured_seeds
 from p2pgz.registry.credentials import check_file
 from p2pgz.registry.transport import TlsSettings
@@ -57,6 +57,7 @@ def _parsing(config: Config) -> Iterator[Check]:
         for text in ids:
             yield key, partial(PeerId.parse, text)
     yield "peers.cluster_key_file", lambda: read_admission(_key_alone(peers))
+    yield "peers.zone", lambda: read_zone(peers)
     if config.http.listen not in (AUTO, NONE):
         yield "http.listen", lambda: parse_listen(config.http.listen)
     yield "sharing", lambda: policy_of(config.sharing)
