@@ -19,6 +19,9 @@ from tests.e2e.restart.kills import send
 from tests.e2e.restart.lazy_node import LazyNode, push_image, sha256, state_folder, wait_until
 
 TEN_YEARS_SECONDS = 10 * 365.25 * 86_400
+# so many that what is read ahead of one file does not reach the next
+FILES = 64
+STRIDE = 16
 EVER = 1 << 30
 ABANDON_SECONDS = 2
 ASLEEP_SECONDS = 5.0  # longer than a mount may be without an answer
@@ -52,7 +55,7 @@ def registry() -> Iterator[RegistryThread]:
 
 @pytest.fixture(scope="module")
 def image(registry: RegistryThread, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
-    return push_image(tmp_path_factory.mktemp("image") / "plain", registry.address, seed=5, files=16)
+    return push_image(tmp_path_factory.mktemp("image") / "plain", registry.address, seed=5, files=FILES)
 
 
 def mounted(node: LazyNode, reference: str) -> Path:
@@ -89,7 +92,7 @@ def test_a_clock_that_jumps_by_years_is_not_noticed(
             replaced.write_text(str(years * TEN_YEARS_SECONDS))
             replaced.replace(offset)
             time.sleep(1.5)  # pings, beats, commits
-            for name in (f"f{2 * number:03}", f"f{2 * number + 1:03}", "f000"):
+            for name in (f"f{STRIDE * number:03}", f"f{STRIDE * number + 1:03}", "f000"):
                 assert sha256(root / name) == hashes[name]
             mount = node.mount_of(root)
             assert (mount["pid"], mount["restarts"], mount["state"]) == (pid, 0, "lazy")
