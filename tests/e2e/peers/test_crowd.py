@@ -76,6 +76,7 @@ def test_the_registry_sends_one_copy_and_is_not_needed_after_it(folder: Path) ->
         assert sum(node.status()["leases"]["fetched_chunks"] for node in nodes) <= COPIES_MAX * len(trees[0])
 
         # the one that fetches dies, and then the registry, once there is one copy
+        wait_until(lambda: all(pool_bytes(node) >= size_of(first) for node in nodes))  # read is not yet kept
         before = {node: (pool_bytes(node), registry(node)["bytes"]) for node in nodes}
         commands = {node: node.start("verify", "--plain-http", two) for node in nodes}
         fetched = dict.fromkeys(nodes, 0)
