@@ -64,6 +64,8 @@ BATCH_BYTES: Final = 4 << 20
 # At a low rate a batch takes a second, so that what is shown moves
 BATCH_MIN_BYTES: Final = 128 << 10
 REPORT_SECONDS: Final = 0.5
+# What is freed may go to chunks that others have read and that wait in memory for room; those can be evicted in their turn
+ROOM_TRIES: Final = 3
 # A follower has time: a slow registry must not look like one that is away
 TAG_SECONDS: Final = 30.0
 
@@ -303,7 +305,7 @@ class Seeder:
         if segments == [layer.segment for layer in seed.layers] and all(map(is_whole, segments)):
             await trio.lowlevel.checkpoint()
             return
-        for last in (False, True):
+        for last in (*[False] * ROOM_TRIES, True):
             seed.layers = await trio.to_thread.run_sync(measured, segments)
             seed.becomes(FETCHING)
             try:
