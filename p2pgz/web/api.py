@@ -31,6 +31,7 @@ from p2pgz.web.exports import routes as export_routes
 from p2pgz.web.layers import LayerRequest, Layers, UnpackedRequest
 from p2pgz.web.layers import routes as layer_routes
 from p2pgz.web.questions import FindRequest, Questions, WhyRequest, routes
+from p2pgz.web.requests import ImageFields
 from p2pgz.web.seeds import SeedRequest, Seeds, UnseedRequest
 from p2pgz.web.seeds import routes as seed_routes
 from p2pgz.web.streaming import Progress, Warn, error_event, events, frames
@@ -58,15 +59,9 @@ __all__ = [
 ]
 
 
-class MountRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MountRequest(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a reference and its way to the registry need, in every request about an image."""
 
-    reference: str
-    plain_http: bool = False
-    platform: str = ""
-    ca_file: str = ""
-    hosts_dir: str = ""
-    user: str = ""
     allow_unverified_toc: bool = False
     directory: str = ""
     mode: str = "auto"

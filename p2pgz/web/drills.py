@@ -5,21 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
-import msgspec
 from starlette.routing import Route
 
+from p2pgz.web.requests import ImageFields
 from p2pgz.web.streaming import Progress, events
 
 
-class DrillRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DrillRequest(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Ask which chunks of an image neither this node nor a peer of it has; `fix`: fetch those."""
 
-    reference: str
-    plain_http: bool = False
-    platform: str = ""
-    ca_file: str = ""
-    hosts_dir: str = ""
-    user: str = ""
     fix: bool = False
 
 

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from p2pgz.core.inventory import INVENTORY_MAX_BYTES
 from p2pgz.errors import ConfigError, ExportInvalid, P2pgzError
+from p2pgz.web.requests import ImageFields
 from p2pgz.web.streaming import Progress, Warn, answer_events, answer_frames, frames
 
 if TYPE_CHECKING:
@@ -27,15 +28,9 @@ if TYPE_CHECKING:
 LINE_MAX_BYTES: Final = 1 << 20
 
 
-class ExportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExportRequest(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Write an image into a file. `name`: what it is to be called there; `peer`: whose chunks are left out."""
 
-    reference: str
-    plain_http: bool = False
-    platform: str = ""
-    ca_file: str = ""
-    hosts_dir: str = ""
-    user: str = ""
     name: str = ""
     peer: str = ""
     inventory_name: str = ""

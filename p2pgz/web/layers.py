@@ -8,21 +8,16 @@ from typing import Any, Protocol
 import msgspec
 from starlette.routing import Route
 
+from p2pgz.web.requests import ImageFields
 from p2pgz.web.streaming import Progress, events
 
 
-class LayerRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LayerRequest(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Open an image and find the layer with the blob `layer` that, with those below it, has this `chain_id`. With
     `verified_diffids` each layer up to it is read once and compared with its diff id."""
 
-    reference: str
     layer: str
     chain_id: str
-    plain_http: bool = False
-    platform: str = ""
-    ca_file: str = ""
-    hosts_dir: str = ""
-    user: str = ""
     verified_diffids: bool = False
 
 

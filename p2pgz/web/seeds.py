@@ -10,18 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from p2pgz.web.requests import ImageFields
 from p2pgz.web.streaming import Progress, events
 
 
-class SeedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SeedRequest(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fetch all of an image, keep it, give it to peers; with `watch` follow its tag."""
 
-    reference: str
-    plain_http: bool = False
-    platform: str = ""
-    ca_file: str = ""
-    hosts_dir: str = ""
-    user: str = ""
     allow_unverified_toc: bool = False
     watch: bool = False
 
